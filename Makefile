@@ -1,0 +1,45 @@
+# The same verbs for a person and for CI. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Tests measure results, not speed: one thread a process keeps two cores honest.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-long lint bench docs clean
+
+help:  ## Show the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## Make .venv with Shoal and what development needs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(INSTALLED)
+
+train: $(INSTALLED)  ## Train a ResNet on real images, on two ranks
+	$(BIN)/shoal train recipes/digits.yaml --strategy dp2
+
+test: $(INSTALLED)  ## Run the tests (under 10 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup
+
+test-long: $(INSTALLED)  ## Run the tests that take minutes each
+	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 1800
+
+lint: $(INSTALLED)  ## Style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## Measure, side by side; results go to benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+docs: $(INSTALLED)  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+clean:  ## Remove what was built (runs are kept)
+	rm -rf $(VENV) site build dist

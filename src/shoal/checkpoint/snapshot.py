@@ -1,0 +1,72 @@
+"""What is saved: the pieces of tensors that this rank holds, and the run's small values.
+
+    whole tensor   [============]     Piece.whole(weight)
+    rows 4 to 8    [----[====]--]     Piece(rows, Slice((10, 64), (4, 0), (4, 64)))
+
+A snapshot holds references, no copies: nothing may change its tensors until it is saved.
+
+    Snapshot(
+        step=400,
+        tensors={"fc.weight": Piece.whole(weight), "fc.weight/exp_avg": Piece.whole(average)},
+        fingerprint=recipe.fingerprint, strategy="dp2", position={"epoch": 2, "step": 400},
+    )
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shoal.layout import Slice
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A box of a tensor, on any device, with any strides. Raises ValueError if shapes differ."""
+
+    tensor: Tensor
+    slice: Slice
+
+    def __post_init__(self) -> None:
+        if tuple(self.tensor.shape) != self.slice.shape:
+            raise ValueError(
+                f"a tensor of shape {tuple(self.tensor.shape)} cannot be the slice {self.slice}"
+            )
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "Piece":
+        return cls(tensor, Slice.whole(tensor.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One rank's part of a checkpoint after `step` optimizer steps.
+
+    `tensors` holds the pieces of this rank by qualified name in the unwrapped module; optimizer
+    state is ``name/exp_avg``. A piece that several ranks hold is given by each of them, written by
+    one, and must have the same bits on all. `aliases` leads from the other names of tied tensors to
+    the one they are saved under. `position` (in the data), `sync`, `train` (early stopping) and
+    `optimizer` (of :func:`~shoal.checkpoint.optimizer_state.flatten`) are JSON values without NaN
+    or infinity; rank 0's are written.
+    """
+
+    step: int
+    tensors: Mapping[str, Piece]
+    fingerprint: str
+    strategy: str
+    position: Any
+    sync: Any = None
+    train: Any = None
+    optimizer: Any = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What every rank must say alike."""
+        return {
+            "step": self.step,
+            "fingerprint": self.fingerprint,
+            "strategy": self.strategy,
+            "position": self.position,
+        }

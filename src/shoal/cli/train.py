@@ -1,0 +1,59 @@
+"""`shoal train RECIPE`: train, show progress, write the run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, as in recipes/digits.yaml.")]
+StrategyText = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy", "-s", help="How to split: single, dp2, dp4+bf16, auto. Default: the recipe's."
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-0001, …")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Add tracebacks to errors.")]
+
+
+def command(
+    recipe: RecipePath,
+    strategy: StrategyText = None,
+    out: Out = None,
+    changes: Changes = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --out's run, or the newest unfinished one.")
+    ] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often to start again when a rank dies.")
+    ] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show more.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe on the devices of this machine (or as a rank of torchrun or Slurm)."""
+    from shoal.cli.shared import errors_shown, print_document
+
+    with errors_shown(debug, as_json=as_json):
+        from shoal.recipe import load_recipe
+        from shoal.train import Options, train_with
+
+        loaded = load_recipe(recipe, tuple(changes or ()))
+        options = Options(out, resume, max_restarts, verbose)
+        run = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options)
+        if run is None:  # not rank 0: the summary is rank 0's to print
+            return
+        summary = run.summary
+        if as_json:
+            print_document(summary)
+        else:
+            from shoal import report
+
+            typer.echo(report.summary_lines(summary), err=True)
+    if summary["state"] == "stopped":
+        raise typer.Exit(75)

@@ -1,0 +1,13 @@
+"""Process groups of one generation of ranks, made here and nowhere else, passed on as a value.
+
+    groups = Groups.form(context.rank, context.world_size, context.store, …)
+    groups.data.all_reduce(tensor, "metric")      # summed in place; every byte counted
+
+`Groups.alone()` is one process with no group at all: every collective is then the identity.
+"""
+
+from shoal.comm.counter import ByteCounter, Purpose
+from shoal.comm.failures import is_peer_failure, peer_failures
+from shoal.comm.groups import Group, Groups
+
+__all__ = ["ByteCounter", "Group", "Groups", "Purpose", "is_peer_failure", "peer_failures"]

@@ -1,0 +1,183 @@
+"""`Group`, a set of ranks that talk, and `Groups`, all the sets of one generation of ranks."""
+
+import json
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.comm.counter import ByteCounter, Purpose
+from shoal.comm.failures import peer_failures
+from shoal.errors import WorldError
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other; ``process_group`` is None for a rank alone.
+
+    Collectives work in place where torch's do. Sums are over all ranks of the group.
+    """
+
+    rank: int
+    size: int
+    process_group: dist.ProcessGroup | None = None
+    counter: ByteCounter = field(default_factory=ByteCounter)
+
+    def _count(self, name: str, purpose: Purpose, tensor: Tensor) -> None:
+        self.counter.add(name, purpose, tensor.numel() * tensor.element_size())
+
+    def all_reduce(self, tensor: Tensor, purpose: Purpose) -> Tensor:
+        """Sum `tensor` over the group, in place; returns it."""
+        if self.process_group is not None:
+            self._count("all_reduce", purpose, tensor)
+            with peer_failures():
+                dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_reduce_future(self, tensor: Tensor, purpose: Purpose) -> torch.futures.Future[Tensor]:
+        """Start summing `tensor` over the group; a future of the sum."""
+        if self.process_group is None:
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(tensor)
+            return done
+        self._count("all_reduce", purpose, tensor)
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        assert work is not None  # async_op=True in a group that this rank belongs to
+        future: torch.futures.Future[Any] = work.get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def all_gather(self, tensor: Tensor, purpose: Purpose) -> Tensor:
+        """Tensors of one shape from every rank, stacked: ``[size, *tensor.shape]``."""
+        if self.process_group is None:
+            return tensor.unsqueeze(0)
+        self._count("all_gather", purpose, tensor)
+        result = tensor.new_empty((self.size, *tensor.shape))
+        with peer_failures():
+            # Not all_gather_into_tensor: torch 2.13 has given it another name.
+            dist.all_gather(
+                list(result.unbind(0)), tensor.contiguous(), group=self.process_group
+            )
+        return result
+
+    def broadcast(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
+        """Give every rank `source`'s values, in place; returns the tensor."""
+        if self.process_group is not None:
+            if self.rank == source:
+                self._count("broadcast", purpose, tensor)
+            with peer_failures():
+                dist.broadcast(tensor, group=self.process_group, group_src=source)
+        return tensor
+
+    def all_gather_json(self, value: Any, purpose: Purpose = "start-up") -> list[Any]:
+        """A JSON value from every rank, in the order of ranks. Nothing is pickled."""
+        if self.process_group is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.all_gather(torch.tensor([len(data)]), purpose).flatten().tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(data)] = data
+        gathered = self.all_gather(padded, purpose)
+        return [
+            json.loads(bytes(row[:length].tolist()))
+            for row, length in zip(gathered, lengths, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one generation of ranks.
+
+    ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
+    own (batch statistics must not queue behind a gradient bucket in flight).
+    """
+
+    world: Group
+    data: Group
+    statistics: Group
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None) -> Self:
+        """One process, no groups: every collective is the identity."""
+        group = Group(0, 1)
+        return cls(group, group, group, device or torch.device("cpu"))
+
+    @classmethod
+    def form(
+        cls,
+        rank: int,
+        world_size: int,
+        store: str,
+        generation: str,
+        device: torch.device | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Self:
+        """Meet the other ranks at `store` (``file:PATH``, ``tcp:HOST:PORT``, ``agent:HOST:PORT``).
+
+        Collective over all ranks. Raises `WorldError` if the meeting place cannot be had.
+        """
+        device = device or torch.device("cpu")
+        if world_size == 1:
+            return cls.alone(device)
+        timeout = timedelta(seconds=timeout_s)
+        meeting = dist.PrefixStore(generation, _open_store(store, rank, world_size, timeout))
+        # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        counter = ByteCounter()
+        with peer_failures():
+            dist.init_process_group(
+                backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
+            )
+            world = Group(rank, world_size, dist.group.WORLD, counter)
+            others = dist.new_group(timeout=timeout, backend=backend)
+        statistics = Group(rank, world_size, others, counter)
+        return cls(world, world, statistics, device)
+
+    def close(self) -> None:
+        """Leave the groups. Collective."""
+        if self.world.process_group is not None:
+            dist.destroy_process_group()
+
+
+def _open_store(store: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    kind, _, place = store.partition(":")
+    if kind == "file":
+        return dist.FileStore(place, world_size)
+    host, _, port = place.rpartition(":")
+    # torchrun's agent keeps the store itself ("agent"); else rank 0 does.
+    serves = kind == "tcp" and rank == 0
+    try:
+        return _tcp_store(host, int(port), world_size, timeout, serves=serves)
+    except (OSError, dist.DistError) as error:
+        what = "listen on" if serves else "reach rank 0 at"
+        raise WorldError(
+            f"cannot {what} {host}:{port}: {str(error).splitlines()[0]}",
+            hint="The port may be taken by another program or blocked: choose another with "
+            "MASTER_PORT (torchrun: --master-port).",
+            rank=rank,
+        ) from error
+
+
+def _tcp_store(
+    host: str, port: int, world_size: int, timeout: timedelta, *, serves: bool
+) -> dist.Store:
+    if not serves:
+        return dist.TCPStore(host, port, world_size, False, timeout, wait_for_workers=False)
+    # TCPStore listens on every interface, whatever the host it is given: bind the address first.
+    listener = socket.create_server((host, port))
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        True,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )

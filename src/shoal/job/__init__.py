@@ -1,0 +1,49 @@
+"""Recipe × cluster × strategy → the live parts. The strategy is read here, once.
+
+    resolved = resolve(recipe, "auto", Cluster.local())      # before any rank starts; no torch
+    check_before_start(recipe)
+    job = assemble(groups, workload_of(recipe), Execution.of(resolved.strategy))   # on each rank
+
+`assemble` is the same call at the start, at a resume and, later, at a recovery without restart.
+What needs torch is imported when it is asked for: a supervisor has no use for it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from shoal.job.before import check_before_start
+from shoal.job.resolve import Resolved, resolve
+
+if TYPE_CHECKING:
+    from shoal.job.assembly import Job, assemble
+    from shoal.job.sharing import share_of, shares
+    from shoal.job.workload import Execution, Feed, Workload, local_batch, workload_of
+
+__all__ = [
+    "Execution",
+    "Feed",
+    "Job",
+    "Resolved",
+    "Workload",
+    "assemble",
+    "check_before_start",
+    "local_batch",
+    "resolve",
+    "share_of",
+    "shares",
+    "workload_of",
+]
+
+_HOMES = {
+    "assembly": ("Job", "assemble"),
+    "sharing": ("share_of", "shares"),
+    "workload": ("Execution", "Feed", "Workload", "local_batch", "workload_of"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"shoal.job.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""`assemble`: replica, agreement and optimizer from a generation of ranks and a state."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoal.checkpoint import Checkpoint
+from shoal.checkpoint.optimizer_state import restore
+from shoal.comm import Groups
+from shoal.job.workload import Execution, Workload, local_batch
+from shoal.parallel import LocalBatch, Replica, Share, build_replica
+from shoal.sync import Agreement, build_agreement
+
+
+@dataclass
+class Job:
+    """The live parts of one rank, ready for the step ``next_step`` (0-based)."""
+
+    groups: Groups
+    workload: Workload
+    replica: Replica
+    agreement: Agreement
+    optimizer: torch.optim.Optimizer
+    next_step: int = 0
+
+    @property
+    def parameter_names(self) -> dict[torch.nn.Parameter, str]:
+        """Each parameter's qualified name in the user's module; tied ones once."""
+        return {parameter: name for name, parameter in self.replica.model.named_parameters()}
+
+    def read(self, step: int) -> tuple[LocalBatch, Share]:
+        """This rank's rows of a training step, and who has the others."""
+        work = self.workload
+        last = work.total_steps - 1
+        return local_batch(work.feed, step, self.groups.data.rank, self.replica, last)
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set the rate of `step` from the share of samples seen before it; returns the first group's."""
+        seen = self.workload.samples_before(step) / self.workload.total_samples
+        factor = self.workload.schedule(min(1.0, seen))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self) -> Tensor | None:
+        """Clip, update, and forget the gradients; the gradient's norm where it was needed."""
+        norm = None
+        if self.workload.clip_norm is not None:
+            norm = self.replica.gradient_norm()
+            torch.nn.utils.clip_grads_with_norm_(
+                self.replica.model.parameters(), self.workload.clip_norm, norm
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def assemble(
+    groups: Groups, workload: Workload, execution: Execution, state: Checkpoint | None = None
+) -> Job:
+    """Build this rank's replica, optimizer and agreement, from `state` or from the seed.
+
+    Collective over ``groups``.
+    """
+    model = workload.first_model(execution.dtype)
+    # A checkpoint is read into the plain module, before anything is wrapped around it.
+    if state is not None:
+        _restore_model(state, model)
+    model.to(groups.device)
+    replica = build_replica(
+        model,
+        workload.objective,
+        execution.numerics,
+        group=groups.statistics,
+        seed=workload.seed,
+        normalize_over=workload.normalize_over,
+        recompute=execution.recompute,
+        compiled=execution.compiled,
+    )
+    optimizer = workload.build_optimizer(model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    agreement = build_agreement(groups.data)
+    agreement.attach(replica)
+    job = Job(groups, workload, replica, agreement, optimizer)
+    if state is not None:
+        _restore_optimizer(state, job)
+        job.next_step = state.step
+    return job
+
+
+def _restore_model(state: Checkpoint, model: nn.Module) -> None:
+    """Copy every parameter and buffer of `state` into the plain module, bit for bit."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(state.read(name))
+
+
+def _restore_optimizer(state: Checkpoint, job: Job) -> None:
+    tensors = {name: state.read(name) for name in state.names if name not in state.weights}
+    restore(job.optimizer, job.parameter_names, tensors, state.manifest.optimizer)

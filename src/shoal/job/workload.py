@@ -1,0 +1,160 @@
+"""`Workload`: what is computed, as live functions; from a recipe, or from a user's own functions."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shoal import data, learn, models
+from shoal.job.sharing import share_of
+from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
+from shoal.recipe import Recipe
+from shoal.strategy import Strategy
+
+Metric = Callable[[Any, Any], tuple[Tensor, Tensor]]
+
+
+class Feed(Protocol):
+    """Global batches by step and position; knows no ranks."""
+
+    @property
+    def examples(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def batch_examples(self, step: int) -> int: ...
+    def read(self, step: int, start: int, stop: int) -> Any: ...
+    def prefetch(self, step: int, start: int, stop: int) -> None: ...
+    def position(self, step: int) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the replicas compute: what a strategy says beside the split."""
+
+    bf16: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+    recompute: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, strategy: Strategy, dtype: torch.dtype = torch.float32) -> "Execution":
+        return cls(
+            bf16=strategy.bf16,
+            channels_last=strategy.channels_last,
+            compiled=strategy.compile,
+            recompute=strategy.recompute is not None,
+            dtype=dtype,
+        )
+
+    @property
+    def numerics(self) -> Numerics:
+        return Numerics(self.dtype, self.bf16, self.channels_last)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is computed: everything that a step needs, and nothing about devices."""
+
+    build_model: Callable[[], nn.Module]
+    objective: Objective
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    schedule: Callable[[float], float]
+    feed: Feed
+    seed: int
+    total_steps: int
+    normalize_over: int | None = None
+    clip_norm: float | None = None
+    evaluation: Feed | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    @property
+    def total_samples(self) -> int:
+        """Examples in the whole run, the last partial batch of each epoch included."""
+        epochs, rest = divmod(self.total_steps, self.feed.steps_per_epoch)
+        return epochs * self.feed.examples + sum(
+            self.feed.batch_examples(step) for step in range(rest)
+        )
+
+    def samples_before(self, step: int) -> int:
+        """Examples seen when step `step` (0-based) begins."""
+        epochs, rest = divmod(step, self.feed.steps_per_epoch)
+        first = self.feed.batch_examples(0)
+        return epochs * self.feed.examples + rest * first
+
+    def first_model(self, dtype: torch.dtype) -> nn.Module:
+        """The model with its initial weights: the factory, whole, under one seeded CPU generator.
+
+        The generator of the process is left as it was.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self.build_model()
+        return model.to(dtype)
+
+
+def workload_of(recipe: Recipe) -> Workload:
+    """The workload of a recipe: opens its data, prepares its parts. Raises what they raise."""
+    train, held_out = data.resolve(recipe.data)
+    feed = data.open_feed(
+        train,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        shuffle=True,
+        on_bad_example=recipe.data.on_bad_example,
+    )
+    evaluation = None
+    if held_out is not None:
+        evaluation = data.open_feed(
+            held_out,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            shuffle=False,
+            on_bad_example=recipe.data.on_bad_example,
+        )
+    about = data.describe(train)
+
+    def build_model() -> nn.Module:
+        return models.build(
+            recipe.model,
+            classes=about.num_classes,
+            in_channels=about.in_channels,
+            image_size=train.transform.image_size or about.image_size,
+        )
+
+    ignore = recipe.objective.options.get("ignore_index")
+    return Workload(
+        build_model=build_model,
+        objective=learn.build_objective(recipe.objective),
+        build_optimizer=lambda model: learn.build_optimizer(recipe.optimizer, model),
+        schedule=learn.build_schedule(recipe.schedule),
+        feed=feed,
+        seed=recipe.seed,
+        total_steps=recipe.steps or (recipe.epochs or 1) * feed.steps_per_epoch,
+        normalize_over=None if recipe.normalize_over == "batch" else recipe.normalize_over,
+        clip_norm=learn.clip_norm_of(recipe.optimizer),
+        evaluation=evaluation,
+        metrics=learn.build_metrics(recipe.evaluate.metrics, ignore_index=ignore),
+    )
+
+
+def local_batch(
+    feed: Feed, step: int, rank: int, replica: Replica, last_step: int
+) -> tuple[LocalBatch, Share]:
+    """This rank's rows of a step, on the replica's device and in its precision; and all shares.
+
+    The next step's rows are asked for ahead, unless `step` is the last.
+    """
+    share = share_of(feed.batch_examples(step), replica.ranks)
+    batch = feed.read(step, *share.shares[rank])
+    if step < last_step:
+        ahead = share_of(feed.batch_examples(step + 1), replica.ranks)
+        feed.prefetch(step + 1, *ahead.shares[rank])
+    moved: LocalBatch = batch.to(
+        replica.device, replica.numerics.dtype, channels_last=replica.numerics.channels_last
+    )
+    return moved, share

@@ -1,0 +1,311 @@
+"""The supervisor: starts ranks on this host, hears signals for them, and says why one ended.
+
+torchrun is not used for this: it listens on every interface, leaves its workers alive when it is
+killed, restarts the whole group and prints some 45 lines of error (see docs/architecture.md).
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from shoal.env import child_environment
+from shoal.errors import PeerLost, RankLost, ShoalError, Stopped, UsageError
+from shoal.launch.scratch import Scratch
+
+Message = dict[str, Any]
+OnSignal = Literal["pass on", "end"]
+
+GRACE_S = 3.0  # how long the others may take to end, and to say why, once one rank has failed
+POLL_S = 0.1
+
+
+@dataclass
+class _Rank:
+    """One child process and the pipes to it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    task_fd: int
+    report_fd: int
+    failure: Scratch
+    buffer: bytes = b""
+    results: list[Any] = field(default_factory=list)
+    open: bool = True
+
+    def lines(self) -> list[Message]:
+        """What has arrived since the last call; marks the end of the pipe."""
+        data = os.read(self.report_fd, 1 << 16)
+        if not data:
+            self.open = False
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def last_words(self) -> dict[str, Any] | None:
+        text = self.failure.read()
+        return json.loads(text) if text else None
+
+
+class Ranks:
+    """Ranks on this host, ready to run functions together.
+
+    ``Ranks(n)`` starts n processes; :meth:`call` runs a function on the first k of them. A rank
+    that fails ends all of them: :meth:`call` raises the first failure, and the ranks are gone.
+    """
+
+    def __init__(self, size: int, *, threads: int = 1) -> None:
+        if size < 1:
+            raise UsageError(f"at least 1 rank is needed, given {size}")
+        self.size = size
+        self.threads = threads
+        self._calls = 0
+        self._store = Scratch("rendezvous")
+        self._ranks: list[_Rank] = []
+        try:
+            for number in range(size):
+                self._ranks.append(self._start(number))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        return tuple(rank.process.pid for rank in self._ranks)
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._ranks) and all(rank.process.poll() is None for rank in self._ranks)
+
+    def _start(self, number: int) -> _Rank:
+        task_read, task_write = os.pipe()
+        report_read, report_write = os.pipe()
+        failure = Scratch(f"rank-{number}")
+        arguments = {
+            "rank": number,
+            "parent": os.getpid(),
+            "task_fd": task_read,
+            "report_fd": report_write,
+            "failure_fd": failure.fd,
+            "store": f"file:{self._store.path}",
+        }
+        environment = child_environment(
+            OMP_NUM_THREADS=str(self.threads),
+            MKL_NUM_THREADS=str(self.threads),
+            GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
+            TORCH_CPP_LOG_LEVEL="ERROR",
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal.launch.worker", json.dumps(arguments)],
+            stdin=subprocess.DEVNULL,
+            # Standard output belongs to the one document of `--json`: what user code prints on a
+            # rank goes to standard error.
+            stdout=_stderr_fd(),
+            stderr=_stderr_fd(),
+            env=environment,
+            pass_fds=(task_read, report_write, failure.fd, self._store.fd),
+            start_new_session=True,
+        )
+        os.close(task_read)
+        os.close(report_write)
+        return _Rank(number, process, task_write, report_read, failure)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        ranks: int | None = None,
+        on_message: Callable[[int, Message], None] = lambda _rank, _message: None,
+        on_signal: OnSignal = "end",
+    ) -> list[Any]:
+        """Run ``function(context, *arguments)`` on the first `ranks` ranks; their results in order.
+
+        Results are JSON. ``on_message(rank, message)`` gets what ranks send meanwhile. With
+        ``on_signal="pass on"`` the first SIGINT or SIGTERM reaches the ranks as SIGTERM, and they
+        end in their own time; with "end" it ends them. A second one ends everything at once.
+
+        Raises the first failing rank's own error, or `RankLost` if it left without a word.
+        """
+        members = self._ranks[: self.size if ranks is None else ranks]
+        self._calls += 1
+        place = {
+            "world_size": len(members),
+            "generation": f"call-{self._calls}",
+            "threads": self.threads,
+        }
+        task = _pack((place, function, arguments))
+        with _signals(lambda number, count: self._hear(number, count, on_signal)):
+            for rank in members:
+                rank.results.clear()
+                with contextlib.suppress(BrokenPipeError):  # it ended: _listen says why
+                    _write(rank.task_fd, len(task).to_bytes(8, "little") + task)
+            self._listen(members, on_message)
+        return [rank.results[0] for rank in members]
+
+    def _hear(self, number: int, count: int, on_signal: OnSignal) -> None:
+        name = signal.Signals(number).name
+        if count > 1:
+            self._kill()
+            os._exit(128 + number)
+        if on_signal == "end":
+            raise Stopped(f"ended by {name}")
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGTERM)
+
+    def _listen(self, members: Sequence[_Rank], on_message: Callable[[int, Message], None]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank in members:
+                selector.register(rank.report_fd, selectors.EVENT_READ, rank)
+            while any(not rank.results for rank in members):
+                for key, _ in selector.select(POLL_S):
+                    rank = key.data
+                    for line in rank.lines():
+                        if "message" in line:
+                            on_message(rank.number, line["message"])
+                        else:
+                            rank.results.append(line["result"])
+                    if not rank.open:
+                        selector.unregister(rank.report_fd)
+                if any(not rank.open for rank in members):
+                    raise self._first_failure(members)
+
+    def _first_failure(self, members: Sequence[_Rank]) -> ShoalError:
+        """Give the others a moment to say what they saw, end them, and choose the cause."""
+        deadline = time.monotonic() + GRACE_S
+        lost: dict[int, float] = {}
+        while time.monotonic() < deadline:
+            for rank in members:
+                if rank.process.poll() is not None:
+                    lost.setdefault(rank.number, time.monotonic())
+            if len(lost) == len(members):
+                break
+            time.sleep(0.01)
+        self._kill()
+        failures: list[tuple[bool, float, ShoalError]] = []
+        for rank in members:
+            words = rank.last_words()
+            if words is not None:
+                error = ShoalError.from_json(words["error"])
+                failures.append((words["secondary"], words["time"], error))
+            elif rank.number in lost:
+                failures.append((False, lost[rank.number], _lost(rank)))
+        self.close()
+        if not failures:
+            return RankLost("a rank closed its pipe and did not end")
+        secondary, _, error = min(failures, key=lambda failure: failure[:2])
+        if secondary and isinstance(error, PeerLost):
+            return RankLost(f"the connection between ranks broke: {error.message}", rank=error.rank)
+        return error
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+
+    def close(self) -> None:
+        """End the ranks and give back what they held. Idle ranks leave by themselves."""
+        for rank in self._ranks:
+            _close(rank.task_fd)
+        deadline = time.monotonic() + GRACE_S
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                busy = not rank.results and self._calls > 0
+                rank.process.wait(0 if busy else max(0.0, deadline - time.monotonic()))
+        self._kill()
+        for rank in self._ranks:
+            rank.process.wait()
+            _close(rank.report_fd)
+            rank.failure.close()
+        self._ranks = []
+        self._store.close()
+
+
+def _lost(rank: _Rank) -> RankLost:
+    code = rank.process.returncode
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = (
+            "SIGKILL comes from the system when memory runs out (see `dmesg`), or from a person."
+            if name == "SIGKILL"
+            else None
+        )
+        return RankLost(
+            f"process {rank.process.pid} was killed by {name}", hint=hint, rank=rank.number
+        )
+    return RankLost(
+        f"process {rank.process.pid} left with exit status {code} and no word", rank=rank.number
+    )
+
+
+def _pack(value: tuple[Any, ...]) -> bytes:
+    import cloudpickle
+
+    try:
+        packed: bytes = cloudpickle.dumps(value)
+    except Exception as error:
+        raise UsageError(
+            f"this function cannot be carried to the ranks: {error}",
+            hint="It refers to something that cannot be copied to another process "
+            "(an open file, a lock, a running thread): make it inside the function instead.",
+        ) from error
+    return packed
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _stderr_fd() -> int:
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # a notebook, or a test that captures
+        return 2
+
+
+@contextlib.contextmanager
+def _signals(hear: Callable[[int, int], None]) -> Iterator[None]:
+    """Call ``hear(number, count)`` at each SIGINT and SIGTERM, in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = 0
+
+    def handler(number: int, _frame: object) -> None:
+        nonlocal count
+        count += 1
+        hear(number, count)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

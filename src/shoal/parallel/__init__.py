@@ -1,0 +1,86 @@
+"""Everything inside a replica, applied to a plain model from outside, in one written order.
+
+    replica = build_replica(model, objective, numerics, normalize_over=None, group=groups.statistics)
+
+The order: batch statistics → dropout → recompute → memory format → compile. (Pipeline and tensor
+parallelism will come before recompute, ZeRO after compile.)
+"""
+
+import shutil
+
+import torch
+from torch import nn
+
+from shoal.comm import Group
+from shoal.errors import Refused
+from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.recompute import use_recompute
+from shoal.parallel.replica import (
+    Body,
+    LocalBatch,
+    Numerics,
+    Objective,
+    Replica,
+    Share,
+    Totals,
+    call_model,
+    call_objective,
+)
+from shoal.parallel.statistics import BatchGroups, GroupBatchNorm, use_groups
+
+__all__ = [
+    "BatchGroups",
+    "Body",
+    "GroupBatchNorm",
+    "LocalBatch",
+    "Numerics",
+    "Objective",
+    "Replica",
+    "Share",
+    "Totals",
+    "build_replica",
+    "call_model",
+    "call_objective",
+    "use_groups",
+]
+
+
+def build_replica(
+    model: nn.Module,
+    objective: Objective,
+    numerics: Numerics,
+    *,
+    group: Group,
+    seed: int,
+    normalize_over: int | None = None,
+    recompute: bool = False,
+    compiled: bool = False,
+) -> Replica:
+    """Prepare `model` for training as one whole replica on this rank.
+
+    ``normalize_over``: examples in a statistics group, None for the whole global batch; ``group``:
+    the replicas whose rows make up the global batch. Raises `Refused` for what the model or the
+    machine cannot do.
+    """
+    groups = BatchGroups(normalize_over, group)
+    # One rank whose group is the whole batch keeps torch's own layers: nothing differs.
+    if group.size > 1 or normalize_over is not None or recompute:
+        use_groups(model, groups)
+    key = StepKey(seed)
+    use_counted_dropout(model, key)
+    if recompute:
+        use_recompute(model, groups)
+    if numerics.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        _require_compiler()
+        model.compile()
+    return Replica(Body(model, objective, numerics), numerics, groups, key)
+
+
+def _require_compiler() -> None:
+    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise Refused(
+            "compile: torch.compile needs a C++ compiler on this machine, and there is none",
+            hint="Install g++ (Debian: `apt-get install g++`), or leave +compile out.",
+        )

@@ -1,0 +1,204 @@
+"""`Replica`: one whole copy of the model, on one rank, as the training step sees it.
+
+    totals = replica.forward_backward(batch, step, share)     # Σ loss and Σ count, of all replicas
+    outputs = replica.forward(batch)
+
+The loss goes *into* the replica, as a pipeline runs forward, loss and backward by itself. A rank
+back-propagates its own sum of losses ÷ the global count, so gradients have only to be summed.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from shoal.comm import is_peer_failure
+from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
+from shoal.layout import Slice
+from shoal.parallel.randomness import StepKey
+from shoal.parallel.statistics import BatchGroups
+
+Objective = Callable[[Any, Any], tuple[Tensor, Tensor]]
+
+
+class LocalBatch(Protocol):
+    """This replica's rows of a global batch."""
+
+    @property
+    def inputs(self) -> Any: ...
+    @property
+    def targets(self) -> Any: ...
+    @property
+    def rows(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which positions of a step's global batch each rank has: ``shares[rank] = (start, stop)``."""
+
+    batch_examples: int
+    shares: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the whole global batch: of losses, and of what the losses are counted in."""
+
+    loss_sum: float
+    count: float
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a replica computes: parameters in `dtype`; `bf16` is autocast with float32 parameters."""
+
+    dtype: torch.dtype = torch.float32
+    bf16: bool = False
+    channels_last: bool = False
+
+
+class Body(nn.Module):
+    """Model and objective as one module that returns (Σ loss, Σ count): what DDP wraps.
+
+    So DDP sees one tensor whatever the model returns: a tuple, a dict, a dataclass.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, numerics: Numerics) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+        self._numerics = numerics
+        self.captured: Any = None
+        self.capture = False
+
+    def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._numerics.bf16):
+            outputs = call_model(self.model, inputs)
+            total, count = call_objective(self._objective, outputs, targets)
+        if self.capture:
+            self.captured = tree_map(_detached, outputs)
+        return total, count
+
+
+class Replica:
+    """A model whole on one rank, prepared for training. Made by `parallel.build_replica`."""
+
+    def __init__(
+        self, body: Body, numerics: Numerics, groups: BatchGroups, randomness: StepKey
+    ) -> None:
+        self.body = body
+        self.numerics = numerics
+        self.rank = groups.group.rank
+        self.ranks = groups.group.size
+        self._groups = groups
+        self._randomness = randomness
+        self._trained: nn.Module = body
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module, unwrapped."""
+        return self.body.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def layout(self) -> dict[str, Slice]:
+        """Every tensor of the model lies whole on each rank."""
+        state = self.model.state_dict(keep_vars=True)
+        return {name: Slice.whole(tuple(tensor.shape)) for name, tensor in state.items()}
+
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """Let the agreement put its hooks around model and objective (DDP)."""
+        self._trained = wrapper(self.body)
+
+    def forward_backward(
+        self, batch: LocalBatch, step: int, share: Share, agree: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Leave in ``.grad`` the gradient of this rank's losses ÷ the global count.
+
+        ``agree`` sums a small float64 vector over all replicas; what it returns is this method's
+        result: ``[Σ loss, Σ count, …]`` of the global batch. Raises `NoGradient` for a loss that no
+        parameter can learn from.
+        """
+        self._begin(batch, step, share)
+        loss_sum, count = self._trained(batch.inputs, batch.targets)
+        if not loss_sum.requires_grad:
+            raise NoGradient(
+                "the objective's result has no gradient: no parameter can learn from it",
+                hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
+                ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train on "
+                "a loss that changes smoothly with the outputs (cross_entropy, mse).",
+                step=step,
+                phase="backward",
+            )
+        local = torch.stack((loss_sum.detach().double(), count.detach().double())).cpu()
+        totals = agree(local)
+        global_count = float(totals[1]) or 1.0  # nothing counted: a loss and a gradient of zero
+        (loss_sum / global_count).backward()  # type: ignore[no-untyped-call]
+        self._groups.finish()
+        return totals
+
+    def forward(self, batch: LocalBatch, step: int, share: Share) -> Any:
+        """Outputs for this rank's rows, without gradient."""
+        self._begin(batch, step, share)
+        with torch.no_grad(), torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.numerics.bf16
+        ):
+            return call_model(self.model, batch.inputs)
+
+    def _begin(self, batch: LocalBatch, step: int, share: Share) -> None:
+        self._groups.begin(batch.rows, share.batch_examples, list(share.shares))
+        self._randomness.begin(step, batch.rows, self.rank)
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole model's gradient, a 0-d tensor."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(*inputs)`` for a tuple, ``model(inputs)`` otherwise; errors say whose they are."""
+    try:
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except ShoalError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise _user_error("the model's forward", error) from error
+
+
+def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """``objective(outputs, targets)``; errors say whose they are."""
+    try:
+        return objective(outputs, targets)
+    except ShoalError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise _user_error("the objective", error) from error
+
+
+def _user_error(what: str, error: Exception) -> ShoalError:
+    if is_peer_failure(error):
+        return PeerLost(str(error).splitlines()[0])
+    return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))
+
+
+def _users_line(error: Exception) -> str | None:
+    """The innermost line that is neither torch's nor Shoal's: where the user would look."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/shoal/" not in f.filename]
+    return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

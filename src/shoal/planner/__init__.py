@@ -1,0 +1,3 @@
+"""Predicts time, memory and bytes of a strategy on a cluster; searches, explains, simulates in
+virtual time, and validates itself on published rows. No torch. Empty in this version.
+"""

@@ -1,0 +1,151 @@
+"""What can't be: strategies that contradict themselves, and those that this version can't run.
+
+    contradiction(Strategy...)   -> Refused("zero1 shards over dp, and dp is 1", hint="… dp2/zero1")
+
+Each check is a function of a strategy that gives the refusal, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shoal.errors import Refused
+from shoal.strategy.agreements import Async, Solo, Sync
+
+if TYPE_CHECKING:
+    from shoal.strategy.value import Strategy
+
+
+def contradictions(strategy: Strategy) -> Iterator[Refused]:
+    """Every reason why no version could run this strategy; those of degrees not for `auto`."""
+    if isinstance(strategy.agreement, Solo) and strategy.compress is not None:
+        yield Refused("solo sends nothing to compress", hint="Leave compress or solo out.")
+    if strategy.is_auto:
+        return
+    for check in (_zero, _groups, _experts, _tensor, _pipeline, _servers, _compress):
+        refusal = check(strategy)
+        if refusal is not None:
+            yield refusal
+
+
+def _zero(strategy: Strategy) -> Refused | None:
+    zero, dp = strategy.zero, strategy.dp
+    if zero is None:
+        return None
+    if dp == 1:
+        near = ".".join(f"{name}{degree}" for name, degree in (*strategy.axes, ("dp", 2)))
+        return Refused(
+            f"{zero} shards over dp, and dp is 1", hint=f"Nearest that works: {near}/{zero}."
+        )
+    if zero.group is not None and dp % zero.group:
+        fitting = [f"zero3:{group}" for group in _nearest_divisors(dp, zero.group) if group > 1]
+        return Refused(
+            f"shard groups of {zero.group} do not divide dp{dp}",
+            hint=f"Nearest that works: {' or '.join(fitting)}.",
+        )
+    return None
+
+
+def _groups(strategy: Strategy) -> Refused | None:
+    """Agreements act between shard groups: one group over all of dp has nobody to agree with."""
+    zero, agreement = strategy.zero, strategy.agreement
+    if zero is None or isinstance(agreement, Sync) or strategy.dp == 1 or strategy.replicas > 1:
+        return None
+    groups = [group for group in range(2, strategy.dp) if strategy.dp % group == 0]
+    near = (
+        f"zero3:{groups[-1]}, or no zero" if groups else f"dp{2 * strategy.dp}/zero3:{strategy.dp}"
+    )
+    return Refused(
+        f"{agreement} acts between shard groups, and {zero} makes all of dp{strategy.dp} one group",
+        hint=f"Nearest that works: {near}.",
+    )
+
+
+def _experts(strategy: Strategy) -> Refused | None:
+    ranks = strategy.dp * strategy.cp
+    if ranks % strategy.ep == 0:
+        return None
+    fitting = [f"ep{degree}" for degree in _nearest_divisors(ranks, strategy.ep) if degree > 1]
+    near = " or ".join(fitting) or f"dp{strategy.ep}.ep{strategy.ep}"
+    return Refused(
+        f"ep{strategy.ep} does not divide dp·cp, which is {ranks}",
+        hint=f"Nearest that works: {near}.",
+    )
+
+
+def _tensor(strategy: Strategy) -> Refused | None:
+    if not strategy.sp or strategy.tp > 1:
+        return None
+    return Refused(
+        "sp cuts over tp, and tp is 1", hint="Nearest that works: add tp2, or leave sp out."
+    )
+
+
+def _pipeline(strategy: Strategy) -> Refused | None:
+    if strategy.schedule is None or strategy.pp > 1:
+        return None
+    name = strategy.schedule
+    return Refused(
+        f"{name} orders a pipeline, and pp is 1",
+        hint=f"Nearest that works: add pp2, or leave {name} out.",
+    )
+
+
+def _servers(strategy: Strategy) -> Refused | None:
+    agreement, replicas = strategy.agreement, strategy.replicas
+    if not isinstance(agreement, Async):
+        return None
+    if agreement.staleness == 0:
+        return Refused(
+            f"async:0 is sync, which has no options; given {agreement}",
+            hint=f"Nearest that works: sync, or {replace(agreement, staleness=1)}.",
+        )
+    if agreement.servers == 0 or agreement.servers < replicas:
+        return None
+    near = f"servers={replicas - 1}" if replicas > 1 else "leave servers out"
+    return Refused(
+        f"servers={agreement.servers} leaves no worker of dp{replicas}",
+        hint=f"Nearest that works: {near}.",
+    )
+
+
+def _compress(strategy: Strategy) -> Refused | None:
+    if strategy.compress is None or strategy.dp * strategy.cp > 1:
+        return None
+    name = strategy.compress
+    return Refused(
+        f"{name} makes smaller what replicas send, and dp is 1",
+        hint=f"Nearest that works: add dp2, or leave {name} out.",
+    )
+
+
+def _nearest_divisors(number: int, near: int) -> list[int]:
+    """The divisors of ``number`` next below and next above ``near``."""
+    small = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
+    divisors = sorted({*small, *(number // each for each in small)})
+    below = [each for each in divisors if each < near][-1:]
+    return below + [each for each in divisors if each > near][:1]
+
+
+def not_yet(strategy: Strategy) -> list[str]:
+    """The parts of a strategy that the notation knows and this version can't run."""
+    names = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert"}
+    missing = [
+        f"{axis}{degree} ({names[axis]} parallelism)"
+        for axis, degree in strategy.axes
+        if axis in names
+    ]
+    parts = (strategy.zero, strategy.compress, strategy.schedule)
+    missing += [str(part) for part in parts if part is not None]
+    if not isinstance(strategy.agreement, Sync):
+        missing.append(str(strategy.agreement))
+    if strategy.mb is not None:
+        missing.append(f"mb:{strategy.mb}")
+    missing += [name for name in ("sp", "offload") if getattr(strategy, name)]
+    if strategy.recompute == "selective":
+        missing.append("recompute:selective")
+    if strategy.exact is not None:
+        missing.append(f"exact:{strategy.exact}")
+    return missing

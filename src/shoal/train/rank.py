@@ -1,0 +1,217 @@
+"""One rank's part of a run: meet, compare, assemble, train, say how it went."""
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_valid
+from shoal.comm import Groups, peer_failures
+from shoal.errors import CheckpointDamaged, DiskFull, RunFolderError, ShoalError
+from shoal.job import Execution, Job, assemble, workload_of
+from shoal.launch import Context
+from shoal.recipe import Recipe
+from shoal.run import Run
+from shoal.strategy import Strategy
+from shoal.train.agree_start import compare, describe_parameters, model_digests, versions
+from shoal.train.loop import Loop, Outcome
+from shoal.train.memory import PeakMemory
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every rank is told: all plain values."""
+
+    recipe: dict[str, Any]
+    strategy: str
+    device: str
+    run: str | None  # the run's folder; None where rank 0 opens it once the ranks have met
+    resume: bool
+
+
+def train_on_rank(
+    context: Context, task: Task, open_folder: Callable[[], Path] | None = None
+) -> dict[str, Any]:
+    """Train; returns this rank's part of the run's summary. Collective over the context's ranks.
+
+    ``open_folder``: how rank 0 opens the run's folder, where the task does not name it.
+    """
+    recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
+    torch.set_num_threads(context.threads)
+    device = _device(task.device, context.local_rank)
+    groups = Groups.form(
+        context.rank, context.world_size, context.store, context.generation, device
+    )
+    with disk_full_named(), peer_failures():
+        compare(groups.world, _program(recipe, strategy))
+        folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
+        summary = _train(context, task, groups, Run.open(folder))
+    # Not after an error: the others may never answer.
+    groups.close()
+    return summary
+
+
+def _shared_folder(groups: Groups, open_folder: Callable[[], Path] | None) -> Path:
+    """Rank 0 opens the run's folder; all get its path, or its error."""
+    said: dict[str, Any] = {}
+    if groups.world.rank == 0 and open_folder is not None:
+        try:
+            said["path"] = str(open_folder().resolve())
+        except ShoalError as error:
+            said["error"] = error.located(rank=0).to_json()
+    said = groups.world.all_gather_json(said)[0]
+    if "error" in said:
+        raise ShoalError.from_json(said["error"])
+    return Path(said["path"])
+
+
+@contextlib.contextmanager
+def disk_full_named() -> Iterator[None]:
+    """Say in plain words that a file of the run could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"no space left to write {error.filename or 'into the run folder'}",
+            hint="Earlier checkpoints are untouched. Make space, then go on with --resume.",
+        ) from error
+
+
+def _train(context: Context, task: Task, groups: Groups, run: Run) -> dict[str, Any]:
+    recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
+    memory = PeakMemory(groups.device)
+    is_first = groups.world.rank == 0
+    state = _find_state(groups, run, context.send) if task.resume else None
+    job = assemble(groups, workload_of(recipe), Execution.of(strategy), state)
+    compare(groups.world, _initial(job))
+    loop = Loop(
+        job, recipe, run, str(strategy), context.send, context.stop_requested.is_set
+    )
+    if state is not None:
+        loop.resume(state.manifest.train)
+        if is_first:
+            discard_after(run.checkpoints_path, state.step)
+            run.cut_after(state.step)
+    if is_first:
+        context.send(_start_message(job, recipe, strategy))
+    outcome = loop.run_to_end()
+    return _summary(job, loop, outcome, memory, state)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind != "cuda":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _program(recipe: Recipe, strategy: Strategy) -> dict[str, Any]:
+    """What the ranks compare before they build anything."""
+    names = {f"version of {name}": value for name, value in versions().items()}
+    return {**names, "strategy": str(strategy), **recipe.fingerprint_items()}
+
+
+def _initial(job: Job) -> dict[str, Any]:
+    """What they compare before step 1."""
+    weights = "".join(model_digests(job.replica.model).values())
+    return {
+        "parameter names, shapes and types": describe_parameters(job.replica.model),
+        "data": job.workload.feed.fingerprint,
+        "evaluation data": job.workload.evaluation and job.workload.evaluation.fingerprint,
+        "weights before the first step": xxhash.xxh3_128_hexdigest(weights.encode()),
+        "first step": job.next_step,
+    }
+
+
+def _find_state(
+    groups: Groups, run: Run, send: Callable[[dict[str, Any]], None]
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies: rank 0 looks, all take its word."""
+    found: dict[str, Any] = {"step": None, "error": None}
+    if groups.world.rank == 0:
+
+        def named(error: CheckpointDamaged) -> None:
+            message = f"{error.message}; the one before it is used"
+            run.log_event("warning", message)
+            send({"kind": "event", "event": "warning", "message": message})
+
+        try:
+            newest = newest_valid(run.checkpoints_path, named)
+            found["step"] = newest.step if newest is not None else None
+        except CheckpointDamaged as error:
+            found["error"] = error.to_json()
+    found = groups.world.all_gather_json(found, "start-up")[0]
+    if found["error"] is not None:
+        raise CheckpointDamaged.from_json(found["error"])
+    if found["step"] is None:
+        return None
+    path = checkpoint_path(run.checkpoints_path, found["step"])
+    if not path.exists():
+        raise RunFolderError(
+            f"{path} is not there on rank {groups.world.rank}",
+            hint="Ranks on other hosts need the run folder on a disk that all hosts share.",
+        )
+    return Checkpoint.open(path)
+
+
+def _start_message(job: Job, recipe: Recipe, strategy: Strategy) -> dict[str, Any]:
+    feed = job.workload.feed
+    return {
+        "kind": "start",
+        "name": recipe.name,
+        "strategy": str(strategy),
+        "world_size": job.groups.world.size,
+        "total_steps": job.workload.total_steps,
+        "steps_per_epoch": feed.steps_per_epoch,
+        "batch_size": recipe.batch_size,
+        "first_step": job.next_step,
+        "parameters": sum(p.numel() for p in job.replica.model.parameters()),
+        "device": str(job.groups.device),
+    }
+
+
+def _summary(
+    job: Job, loop: Loop, outcome: Outcome, memory: PeakMemory, state: Checkpoint | None
+) -> dict[str, Any]:
+    """The run's summary, on every rank alike (its own peak and bytes gathered from all)."""
+    own = {"peak": memory.bytes(), "bytes": job.groups.world.counter.as_dict()}
+    everywhere = job.groups.world.all_gather_json(own, "metric")
+    trained = job.workload.samples_before(outcome.steps)
+    first = job.workload.samples_before(job.next_step)
+    seconds = loop.watch.seconds
+    saved = loop.committer.last
+    return {
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "steps": outcome.steps,
+        "samples": trained,
+        "seconds": round(loop.elapsed, 4),
+        "samples_per_second": round((trained - first) / max(seconds.get("step", 0.0), 1e-9), 2),
+        "metrics": outcome.metrics,
+        "best": loop.convergence.state(),
+        "bad_examples": loop.bad_examples,
+        "peak_memory_bytes": [each["peak"] for each in everywhere],
+        "comm_bytes": _by_rank([each["bytes"] for each in everywhere]),
+        "timings": {name: round(value, 4) for name, value in seconds.items()},
+        "versions": versions(),
+        "checkpoint": str(saved.path) if saved is not None else None,
+        "resumed_from_step": state.step if state is not None else None,
+    }
+
+
+def _by_rank(counts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, list[int]]]:
+    """``{collective: {purpose: [bytes of each rank]}}``."""
+    result: dict[str, dict[str, list[int]]] = {}
+    for rank, count in enumerate(counts):
+        for collective, purposes in count.items():
+            for purpose, value in purposes.items():
+                row = result.setdefault(collective, {}).setdefault(purpose, [0] * len(counts))
+                row[rank] = value
+    return result

@@ -1,0 +1,87 @@
+"""One training step: read → forward, backward → agree → clip → update.
+
+Beside the sums of losses and counts, one small vector carries what the ranks have to decide
+together: whether one was asked to stop, what rank 0's clock says, how many examples were bad.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.comm import Group, peer_failures
+from shoal.errors import NotFinite, ShoalError
+from shoal.job import Job
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a rank brings to the agreement of a step; summed, they are what all ranks see."""
+
+    stop: float = 0.0
+    checkpoint_due: float = 0.0
+    evaluation_due: float = 0.0
+    bad_examples: float = 0.0
+
+    def vector(self) -> Tensor:
+        return torch.tensor(
+            [self.stop, self.checkpoint_due, self.evaluation_due, self.bad_examples],
+            dtype=torch.float64,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was: the global batch's loss (a mean), its count, the rate, the shared flags."""
+
+    loss: float
+    count: float
+    learning_rate: float
+    flags: Flags
+
+
+def train_step(job: Job, step: int, flags: Flags) -> StepResult:
+    """Do step `step` (0-based) on this rank. Collective; the result is equal on all ranks.
+
+    Raises `NotFinite` on every rank, naming the first rank whose loss was not a number.
+    """
+    try:
+        with peer_failures():
+            return _step(job, step, flags)
+    except ShoalError as error:
+        raise error.located(step=step) from error
+
+
+def _step(job: Job, step: int, flags: Flags) -> StepResult:
+    batch, share = job.read(step)
+    bad = len(getattr(batch, "bad", ()))
+    flags = Flags(flags.stop, flags.checkpoint_due, flags.evaluation_due, float(bad))
+    learning_rate = job.set_learning_rate(step)
+
+    def agree(local: Tensor) -> Tensor:
+        totals = job.agreement.share(torch.cat((local, flags.vector())))
+        if not math.isfinite(float(totals[0])):
+            _refuse(local, job.groups.data, step)
+        return totals
+
+    totals = job.replica.forward_backward(batch, step, share, agree).tolist()
+    job.agreement.agree(job.replica)
+    job.update()
+    loss_sum, count, *shared = totals
+    return StepResult(loss_sum / count if count else 0.0, count, learning_rate, Flags(*shared))
+
+
+def _refuse(local: Tensor, group: Group, step: int) -> None:
+    """Name the first rank whose own sum of losses is not finite."""
+    sums = group.all_gather(local[:1], "metric").flatten().tolist()
+    rank, value = next((r, v) for r, v in enumerate(sums) if not math.isfinite(v))
+    raise NotFinite(
+        f"the loss is {value}",
+        hint="Nothing of this step was kept, and checkpoints made before it are good. Common "
+        "causes: a learning rate that is too high, a logarithm or a division of zero, bad inputs. "
+        "Try a smaller optimizer.lr, a schedule with warmup, or optimizer.clip_norm.",
+        rank=rank,
+        step=step,
+        phase="loss",
+    )

@@ -1,0 +1,1 @@
+"""A strategy beside one device."""
