@@ -109,7 +109,7 @@ class Run:
     def cluster(self) -> "Cluster":
         from shoal.cluster import Cluster
 
-        return Cluster.read(self.path / "cluster.json")
+        return Cluster.from_yaml(self.path / "cluster.json")
 
     def write_inputs(self, recipe: "Recipe", strategy: "Strategy", cluster: "Cluster") -> None:
         """Write the three inputs; from then on :meth:`open` finds a run here."""
@@ -210,7 +210,10 @@ class Run:
                 ) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            yield
+            try:
+                yield
+            finally:  # said in words: a child that was just forked may still have the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 

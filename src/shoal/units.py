@@ -6,6 +6,7 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import ClassVar, Literal
 
 Unit = Literal["steps", "epochs", "seconds"]
@@ -31,7 +32,9 @@ class Duration:
     value: float
     unit: Unit
 
-    allowed: ClassVar[str] = "a number with a unit, as in `5 steps`, `2 epochs`, `30s`, `10min`, `1h`"
+    allowed: ClassVar[str] = (
+        "a number with a unit, as in `5 steps`, `2 epochs`, `30s`, `10min`, `1h`"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.value < float("inf"):
@@ -56,10 +59,12 @@ class Duration:
         return cls(float(number) * scale, unit)
 
     def __str__(self) -> str:
+        # Every digit: what is written into a file has to be read back as the same length.
+        number = format(Decimal(repr(self.value)), "f")
+        number = number.rstrip("0").rstrip(".") if "." in number else number
         if self.unit == "seconds":
-            return f"{self.value:g}s"
-        name = self.unit.removesuffix("s") if self.value == 1 else self.unit
-        return f"{self.value:g} {name}"
+            return f"{number}s"
+        return f"{number} {self.unit.removesuffix('s') if self.value == 1 else self.unit}"
 
     def steps(self, steps_per_epoch: int) -> int | None:
         """How many steps this is (at least one); None for a duration in seconds."""
@@ -93,4 +98,5 @@ def format_seconds(seconds: float) -> str:
 
 def format_count(number: float) -> str:
     """`1,234`, and `12.3` for what is not whole."""
-    return f"{number:,.0f}" if float(number).is_integer() or abs(number) >= 100 else f"{number:,.3g}"
+    whole = float(number).is_integer() or abs(number) >= 100
+    return f"{number:,.0f}" if whole else f"{number:,.3g}"

@@ -16,7 +16,7 @@ numbers with leading zeros stay text. :func:`dump` writes text that :func:`load`
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -58,6 +58,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # YAML 1.1 takes these for ends of lines, and folds them to blanks unless they are escaped.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
 for _tag, _pattern, _first in _SCALARS:
     _firsts = ["" if letter == "\0" else letter for letter in _first]
     for _class in (_Loader, _Dumper):
@@ -99,25 +106,20 @@ def load(path: Path | str) -> YamlDocument:
     given twice, a structure that contains itself.
     """
     path = Path(path)
-    text = _read(path)
-    file = str(path)
-    is_json = path.suffix == ".json"
-    if is_json:
-        value = _parse_json(text, file)
+    text, file = _read(path), str(path)
+    if path.suffix != ".json":
+        return YamlDocument(file, *_compose(text, file))
+    value = _parse_json(text, file)
+    # JSON may be indented with tabs, which YAML forbids; inside its strings they can't occur.
+    return YamlDocument(file, value, _compose(text.replace("\t", " "), file)[1])
+
+
+def loads(text: str) -> Any:
+    """The value of a piece of YAML, such as `1e-3` or `{a: [1, 2]}`. Raises ValueError."""
     try:
-        # JSON may be indented with tabs, which YAML forbids; inside its strings they can't occur.
-        loader = _Loader(text.replace("\t", " ") if is_json else text)
-        root = loader.get_single_node()
-        found = [] if root is None else list(_structure_problems(root, file))
-        if found:
-            raise RecipeError(found)
-        if not is_json:
-            value = None if root is None else loader.construct_document(root)
-    except yaml.MarkedYAMLError as error:
-        raise RecipeError([_syntax_problem(error, file)]) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError([Problem("", f"is not YAML: {_first_line(error)}", file)]) from None
-    return YamlDocument(file, value, root)
+        return _compose(text, None)[0]
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
 
 
 def dump(value: Any) -> str:
@@ -138,7 +140,8 @@ def problems(
     branches: set[KeyPath] = set()
     for detail in error.errors(include_url=False):
         path, known = _walk(model, detail["loc"], detail["type"] == "extra_forbidden")
-        if len(path) < len(detail["loc"]):
+        # Pydantic counts only the elements that are right: too few of them follows from the others.
+        if len(path) < len(detail["loc"]) or detail["type"] == "too_short":
             branches.add(path)
         message = _message(detail, known)
         if message not in messages.setdefault(path, []):
@@ -154,9 +157,8 @@ def problems(
         text = _join(texts)
         if path in inputs and "given" not in text:
             text += f", given {_short(inputs[path])}"
-        file = None if document is None else document.file
-        line = None if document is None else document.nearest_line(path)
-        found.append(Problem(".".join(map(str, path)), text, file, line))
+        place = () if document is None else (document.file, document.nearest_line(path))
+        found.append(Problem(_dotted(path), text, *place))
     return tuple(sorted(found, key=lambda problem: problem.line or 0))
 
 
@@ -187,11 +189,25 @@ def _near(path: Path) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder} either."
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    if close:
+    if close := difflib.get_close_matches(path.name, names, n=3, cutoff=0.5):
         return "Did you mean " + " or ".join(str(folder / name) for name in close) + "?"
     readable = [name for name in names if name.endswith((".yaml", ".yml", ".json"))][:8]
     return f"In {folder}: {', '.join(readable) or 'no YAML or JSON file'}."
+
+
+def _compose(text: str, file: str | None) -> tuple[Any, yaml.Node | None]:
+    """The value and the tree of its nodes. Raises RecipeError."""
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        found = [] if root is None else list(_structure_problems(root, file))
+        if found:
+            raise RecipeError(found)
+        return (None if root is None else loader.construct_document(root)), root
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError([_syntax_problem(error, file)]) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError([Problem("", f"is not YAML: {_first_line(error)}", file)]) from None
 
 
 def _parse_json(text: str, file: str) -> Any:
@@ -206,7 +222,7 @@ def _parse_json(text: str, file: str) -> Any:
         raise RecipeError([Problem("", f"is not JSON: {_first_line(error)}", file)]) from None
 
 
-def _syntax_problem(error: yaml.MarkedYAMLError, file: str) -> Problem:
+def _syntax_problem(error: yaml.MarkedYAMLError, file: str | None) -> Problem:
     mark = error.problem_mark or error.context_mark
     text = ", ".join(part for part in (error.problem, error.context) if part)
     where = "" if mark is None else f" (column {mark.column + 1})"
@@ -219,15 +235,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _structure_problems(root: yaml.Node, file: str) -> Iterator[Problem]:
+def _structure_problems(root: yaml.Node, file: str | None) -> Iterator[Problem]:
     """Keys given twice, and nodes that contain themselves through a reference."""
     seen: set[int] = set()
     above: list[int] = []
 
     def visit(node: yaml.Node, path: KeyPath) -> Iterator[Problem]:
         if id(node) in above:
-            line = node.start_mark.line + 1
-            yield Problem(_dotted(path), "contains itself through a reference", file, line)
+            text = "contains itself through a reference"
+            yield Problem(_dotted(path), text, file, node.start_mark.line + 1)
             return
         if id(node) in seen or isinstance(node, yaml.ScalarNode):
             return
@@ -248,7 +264,7 @@ def _children(node: yaml.Node) -> list[tuple[str | int, yaml.Node]]:
     return list(enumerate(node.value))
 
 
-def _repeated(node: yaml.MappingNode, path: KeyPath, file: str) -> Iterator[Problem]:
+def _repeated(node: yaml.MappingNode, path: KeyPath, file: str | None) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
@@ -328,43 +344,39 @@ def _step(annotations: Sequence[Any], part: str | int) -> tuple[Any, ...] | None
                 found.append(annotation.model_fields[str(part)].annotation)
         elif origin in (tuple, list, Sequence) and isinstance(part, int):
             found.extend(each for each in get_args(annotation) if each is not Ellipsis)
-        elif origin is not None and issubclass(_class_of(origin), Mapping):
+        elif isinstance(origin, type) and issubclass(origin, Mapping):
             found.append(get_args(annotation)[1])
         elif annotation is Any:
             found.append(Any)
     return tuple(found) or None
 
 
-def _class_of(origin: Any) -> type:
-    return origin if isinstance(origin, type) else object
-
-
-_PLAIN: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "missing": lambda ctx: "is missing",
-    "int_type": lambda ctx: "must be a whole number",
-    "int_parsing": lambda ctx: "must be a whole number",
-    "int_from_float": lambda ctx: "must be a whole number",
-    "float_type": lambda ctx: "must be a number",
-    "float_parsing": lambda ctx: "must be a number",
-    "finite_number": lambda ctx: "must be a finite number",
-    "bool_type": lambda ctx: "must be true or false",
-    "bool_parsing": lambda ctx: "must be true or false",
-    "string_type": lambda ctx: "must be text",
-    "none_required": lambda ctx: "must be null",
-    "literal_error": lambda ctx: f"must be {ctx['expected']}",
-    "enum": lambda ctx: f"must be {ctx['expected']}",
-    "greater_than": lambda ctx: f"must be more than {ctx['gt']}",
-    "greater_than_equal": lambda ctx: f"must be {ctx['ge']} or more",
-    "less_than": lambda ctx: f"must be less than {ctx['lt']}",
-    "less_than_equal": lambda ctx: f"must be {ctx['le']} or less",
-    "list_type": lambda ctx: "must be a list",
-    "tuple_type": lambda ctx: "must be a list",
-    "dict_type": lambda ctx: "must be a mapping of keys to values",
-    "mapping_type": lambda ctx: "must be a mapping of keys to values",
-    "model_type": lambda ctx: "must be a mapping of keys to values",
-    "too_short": lambda ctx: f"must have {ctx['min_length']} or more elements",
-    "too_long": lambda ctx: f"must have {ctx['max_length']} elements at most",
-    "string_too_short": lambda ctx: "must not be empty",
+_PLAIN: Mapping[str, str] = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "none_required": "must be null",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "mapping_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "too_short": "must have {min_length} or more elements",
+    "too_long": "must have {max_length} elements at most",
+    "string_too_short": "must not be empty",
 }
 
 
@@ -373,11 +385,8 @@ def _message(detail: Mapping[str, Any], known: tuple[str, ...]) -> str:
     if kind == "extra_forbidden":
         return f"is not a known key: {nearest(str(detail['loc'][-1]), known)}"
     if kind in _PLAIN:
-        return _PLAIN[kind](detail.get("ctx", {}))
-    text = str(detail["msg"])
-    for prefix in ("Value error, ", "Assertion failed, "):
-        text = text.removeprefix(prefix)
-    return text
+        return _PLAIN[kind].format(**detail.get("ctx", {}))
+    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 def _join(texts: Sequence[str]) -> str:

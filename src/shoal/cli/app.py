@@ -1,5 +1,7 @@
 """`shoal`: the verbs together, and what happens to an error."""
 
+import sys
+
 import typer
 
 from shoal.cli import train, verify
@@ -37,4 +39,7 @@ app.command("verify")(verify.command)
 
 def main() -> None:
     """The entry point of the `shoal` command."""
+    # A recipe's own components are found as they are by `python script.py` in this folder.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     app()

@@ -1,7 +1,6 @@
 """`Group`, a set of ranks that talk, and `Groups`, all the sets of one generation of ranks."""
 
 import json
-import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -9,10 +8,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from shoal.comm.counter import ByteCounter, Purpose
 from shoal.comm.failures import peer_failures
-from shoal.errors import WorldError
+from shoal.comm.meeting import open_store
 
 TIMEOUT_S = 600.0
 
@@ -60,9 +60,7 @@ class Group:
         result = tensor.new_empty((self.size, *tensor.shape))
         with peer_failures():
             # Not all_gather_into_tensor: torch 2.13 has given it another name.
-            dist.all_gather(
-                list(result.unbind(0)), tensor.contiguous(), group=self.process_group
-            )
+            dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=self.process_group)
         return result
 
     def broadcast(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
@@ -127,7 +125,7 @@ class Groups:
         if world_size == 1:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
-        meeting = dist.PrefixStore(generation, _open_store(store, rank, world_size, timeout))
+        meeting = PrefixStore(generation, open_store(store, rank, world_size, timeout))
         # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         counter = ByteCounter()
@@ -144,40 +142,3 @@ class Groups:
         """Leave the groups. Collective."""
         if self.world.process_group is not None:
             dist.destroy_process_group()
-
-
-def _open_store(store: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    kind, _, place = store.partition(":")
-    if kind == "file":
-        return dist.FileStore(place, world_size)
-    host, _, port = place.rpartition(":")
-    # torchrun's agent keeps the store itself ("agent"); else rank 0 does.
-    serves = kind == "tcp" and rank == 0
-    try:
-        return _tcp_store(host, int(port), world_size, timeout, serves=serves)
-    except (OSError, dist.DistError) as error:
-        what = "listen on" if serves else "reach rank 0 at"
-        raise WorldError(
-            f"cannot {what} {host}:{port}: {str(error).splitlines()[0]}",
-            hint="The port may be taken by another program or blocked: choose another with "
-            "MASTER_PORT (torchrun: --master-port).",
-            rank=rank,
-        ) from error
-
-
-def _tcp_store(
-    host: str, port: int, world_size: int, timeout: timedelta, *, serves: bool
-) -> dist.Store:
-    if not serves:
-        return dist.TCPStore(host, port, world_size, False, timeout, wait_for_workers=False)
-    # TCPStore listens on every interface, whatever the host it is given: bind the address first.
-    listener = socket.create_server((host, port))
-    return dist.TCPStore(
-        host,
-        port,
-        world_size,
-        True,
-        timeout,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )

@@ -22,6 +22,8 @@ SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".pgm"})
 # camera or exporter hides behind these suffixes.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "GIF", "TIFF")
 
+_TRANSPARENT: Final = ("RGBA", "RGBa", "LA", "La", "PA")
+
 
 def quiet_pillow() -> None:
     """Keep Pillow's warnings (large images, odd tags) from the user's terminal, in this process.
@@ -85,7 +87,7 @@ def _rgb(picture: "Picture") -> "Picture":
     if picture.mode.startswith("I"):
         grey = (np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if picture.has_transparency_data:
+    if picture.mode in _TRANSPARENT or "transparency" in picture.info:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     return picture.convert("RGB")

@@ -13,6 +13,7 @@ the whole range gives.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
@@ -25,6 +26,7 @@ from shoal.data.order import order
 from shoal.data.readers import Decoded, FileReader, MemoryReader, Reader
 from shoal.data.resolve import described
 from shoal.data.sources import Description, Files, locate
+from shoal.data.sources.base import highest_label
 from shoal.data.transforms import Pipeline
 from shoal.errors import BadExample
 from shoal.recipe import SourceSpec
@@ -214,22 +216,23 @@ def open_feed(
         raise ValueError(f"batch_size must be 1 or more, given {batch_size}")
     source = locate(spec.source)
     loaded = source.load(spec.split)
-    files = isinstance(loaded, Files)
     size = spec.transform.image_size
     reader: Reader
     if isinstance(loaded, Files):
-        reader = FileReader(loaded, size or loaded.image_size)
+        reader, resized = FileReader(loaded, size or loaded.image_size), None
     else:
-        reader = MemoryReader(loaded)
+        reader, resized = MemoryReader(loaded), size
     pipeline = Pipeline(
         scale=loaded.scale,
-        image_size=None if files else size,
+        image_size=resized,
         normalize=spec.transform.normalize,
         augment=spec.transform.augment if shuffle else "none",
         seed=seed,
     )
     reading = Reading(batch_size, seed, shuffle, on_bad_example)
-    return Feed(described(source, spec), reader, pipeline, reading)
+    # A description leaves out labels that take long to read; here they have been read.
+    about = replace(described(source, spec), highest_label=highest_label(loaded.labels))
+    return Feed(about, reader, pipeline, reading)
 
 
 def _unreadable(bad: tuple[BadRecord, ...], step: int) -> BadExample:

@@ -14,7 +14,7 @@ Needs no torch, so a planner can ask too.
 """
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from shoal.data.sources import ALL, TEST, TRAIN, Description, Source, locate
 from shoal.errors import DataMissing
@@ -52,25 +52,12 @@ def resolve(data: DataSpec) -> tuple[SourceSpec, SourceSpec | None]:
     An image size that evaluation leaves open becomes the training data's. Raises DataMissing for
     sources that are not there, and for two that do not belong together (classes, channels).
     """
-    train = locate(data.train.source)
-    if data.evaluate is None:
-        return _with_split(data.train, train.check_split(data.train.split)), None
-    if data.evaluate == "auto" or _same_and_open(data.train, data.evaluate):
-        chosen = _training_split(train, data.train)
-        transform = data.train.transform if data.evaluate == "auto" else data.evaluate.transform
-        held_out = evaluation_spec(_with_split(data.train, chosen))
-        if held_out is None:
-            return _with_split(data.train, chosen), None
-        held_out = held_out.model_copy(
-            update={"transform": transform.model_copy(update={"augment": "none"})}
-        )
-    else:
-        chosen = train.check_split(data.train.split)
-        other = locate(data.evaluate.source)
-        split = data.evaluate.split or other.evaluation_split or other.default_split
-        held_out = _with_split(data.evaluate, other.check_split(split))
-    train_spec = _with_split(data.train, chosen)
-    return train_spec, _matching(train_spec, held_out)
+    source, wanted = locate(data.train.source), data.evaluate
+    train = _with_split(data.train, _training_split(source, data.train, wanted))
+    if wanted is None:
+        return train, None
+    evaluate = evaluation_spec(train) if wanted == "auto" else _asked_for(wanted, train)
+    return train, None if evaluate is None else _matching(train, evaluate)
 
 
 def evaluation_spec(train: SourceSpec) -> SourceSpec | None:
@@ -84,6 +71,8 @@ def evaluation_spec(train: SourceSpec) -> SourceSpec | None:
         return None
     plain = train.transform.model_copy(update={"augment": "none"})
     held_out = source.evaluation_split or TEST
+    if source.describe(held_out).examples == 0:
+        return None
     return train.model_copy(update={"split": held_out, "transform": plain})
 
 
@@ -107,19 +96,29 @@ def _with_split(spec: SourceSpec, split: str) -> SourceSpec:
     return spec.model_copy(update={"split": split})
 
 
-def _same_and_open(train: SourceSpec, evaluate: SourceSpec) -> bool:
-    """Whether evaluation names the training source again and leaves it to us to part them."""
-    return evaluate.source == train.source and evaluate.split is None
+def _training_split(
+    source: Source, spec: SourceSpec, wanted: SourceSpec | Literal["auto"] | None
+) -> str:
+    """Nine tenths of an undivided set if the other tenth is evaluated on, and nothing was said."""
+    if spec.split is not None or source.natural_splits or wanted is None:
+        return source.check_split(spec.split)
+    parted = wanted == "auto" or (wanted.source == spec.source and wanted.split in (None, TEST))
+    return TRAIN if parted and source.describe(ALL).examples > 1 else ALL
 
 
-def _training_split(source: Source, spec: SourceSpec) -> str:
-    """With something held out: nine tenths of an undivided set, unless all of it is asked for."""
-    if spec.split is None and not source.natural_splits:
-        return TRAIN if source.describe(ALL).examples > 1 else ALL
-    return source.check_split(spec.split)
+def _asked_for(wanted: SourceSpec, train: SourceSpec) -> SourceSpec:
+    """The evaluation that a recipe names; without a split, what the set holds out, if it does."""
+    source = locate(wanted.source)
+    if wanted.split is None and wanted.source == train.source:
+        held_out = evaluation_spec(train)
+        if held_out is not None:
+            return wanted.model_copy(update={"split": held_out.split})
+    split = wanted.split or source.evaluation_split or source.default_split
+    return _with_split(wanted, source.check_split(split))
 
 
 def _matching(train: SourceSpec, evaluate: SourceSpec) -> SourceSpec:
+    """The evaluation at the training data's size. Raises DataMissing if the sets do not match."""
     trained, evaluated = describe(train), describe(evaluate)
     if trained.in_channels != evaluated.in_channels:
         raise DataMissing(

@@ -36,9 +36,11 @@ class Job:
         return local_batch(work.feed, step, self.groups.data.rank, self.replica, last)
 
     def set_learning_rate(self, step: int) -> float:
-        """Set the rate of `step` from the share of samples seen before it; returns the first group's."""
-        seen = self.workload.samples_before(step) / self.workload.total_samples
-        factor = self.workload.schedule(min(1.0, seen))
+        """Set the rate of `step` from the share of samples seen by its middle; returns the first group's."""
+        # The middle of the step: a warm-up's first step and a cosine's last would else be wasted.
+        work = self.workload
+        seen = work.samples_before(step) + work.feed.batch_examples(step) / 2
+        factor = work.schedule(min(1.0, seen / work.total_samples))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])

@@ -23,7 +23,7 @@ def check_before_start(recipe: Recipe) -> None:
 
 
 def _import(component: Component, role: str) -> None:
-    from shoal.models.user import load
+    from shoal.recipe.user import load
 
     importlib.invalidate_caches()
     load(component.name, role)

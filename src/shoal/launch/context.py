@@ -1,13 +1,14 @@
 """What a function is told about the rank that it runs on."""
 
-import json
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.env import World
+from shoal.launch.signals import NUMBERS
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -31,25 +32,35 @@ class Context:
     stop_requested: threading.Event = field(default_factory=threading.Event)
 
 
-def listen_for_stop(flag: threading.Event) -> None:
-    """Let SIGTERM set `flag`; SIGINT is the supervisor's business."""
-    signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def stop_signals_heard() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, in a rank that nobody hears them for.
 
+    After the first, a second ends the process as it would any: even inside a collective that
+    waits for ranks that are gone, where no handler of Python's runs.
+    """
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
 
-def joined_context(world: World, threads: int, send: Send) -> Context:
-    """The context of a rank that torchrun or Slurm has started: it hears signals itself."""
-    flag = threading.Event()
-
-    def stop(number: int, _frame: object) -> None:
-        if flag.is_set():
-            # A second signal ends the process at once, as a shell would report it.
+    def stop(_number: int, _frame: object) -> None:
+        requested.set()
+        for number in NUMBERS:
             signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        flag.set()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in NUMBERS}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def joined_context(
+    world: World, threads: int, send: Send, stop_requested: threading.Event
+) -> Context:
+    """The context of a rank that torchrun or Slurm has started."""
     kind = "agent" if world.store_is_running else "tcp"
     return Context(
         rank=world.rank,
@@ -59,10 +70,5 @@ def joined_context(world: World, threads: int, send: Send) -> Context:
         generation=f"join-{world.restart_count}",
         threads=threads,
         send=send,
-        stop_requested=flag,
+        stop_requested=stop_requested,
     )
-
-
-def to_line(value: dict[str, Any]) -> bytes:
-    """One JSON object as one line."""
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"

@@ -11,16 +11,17 @@ import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from shoal.env import child_environment
-from shoal.errors import PeerLost, RankLost, ShoalError, Stopped, UsageError
+from shoal.errors import PeerLost, RankLost, ShoalError, UsageError
 from shoal.launch.scratch import Scratch
+from shoal.launch.signals import StopSignals, end, held_back
 
 Message = dict[str, Any]
 OnSignal = Literal["pass on", "end"]
@@ -49,6 +50,11 @@ class _Rank:
             self.open = False
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
+
+    @property
+    def gone(self) -> bool:
+        """Whether it can send no more. A child of its own may keep the pipe open after its end."""
+        return not self.open or self.process.poll() is not None
 
     def last_words(self) -> dict[str, Any] | None:
         text = self.failure.read()
@@ -107,6 +113,7 @@ class Ranks:
             "report_fd": report_write,
             "failure_fd": failure.fd,
             "store": f"file:{self._store.path}",
+            "path": [str(Path(entry).absolute()) for entry in sys.path],
         }
         environment = child_environment(
             OMP_NUM_THREADS=str(self.threads),
@@ -114,17 +121,19 @@ class Ranks:
             GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
             TORCH_CPP_LOG_LEVEL="ERROR",
         )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shoal.launch.worker", json.dumps(arguments)],
-            stdin=subprocess.DEVNULL,
-            # Standard output belongs to the one document of `--json`: what user code prints on a
-            # rank goes to standard error.
-            stdout=_stderr_fd(),
-            stderr=_stderr_fd(),
-            env=environment,
-            pass_fds=(task_read, report_write, failure.fd, self._store.fd),
-            start_new_session=True,
-        )
+        # SIGTERM asks a rank to stop; before it can hear that, the signal would just end it.
+        with held_back(signal.SIGTERM):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "shoal.launch.worker", json.dumps(arguments)],
+                stdin=subprocess.DEVNULL,
+                # Standard output belongs to the one document of `--json`: what user code prints
+                # on a rank goes to standard error.
+                stdout=_stderr_fd(),
+                stderr=_stderr_fd(),
+                env=environment,
+                pass_fds=(task_read, report_write, failure.fd, self._store.fd),
+                start_new_session=True,
+            )
         os.close(task_read)
         os.close(report_write)
         return _Rank(number, process, task_write, report_read, failure)
@@ -136,12 +145,14 @@ class Ranks:
         ranks: int | None = None,
         on_message: Callable[[int, Message], None] = lambda _rank, _message: None,
         on_signal: OnSignal = "end",
+        signals: StopSignals | None = None,
     ) -> list[Any]:
         """Run ``function(context, *arguments)`` on the first `ranks` ranks; their results in order.
 
         Results are JSON. ``on_message(rank, message)`` gets what ranks send meanwhile. With
         ``on_signal="pass on"`` the first SIGINT or SIGTERM reaches the ranks as SIGTERM, and they
-        end in their own time; with "end" it ends them. A second one ends everything at once.
+        end in their own time; with "end" it ends them, by `Stopped`. A second one ends everything
+        at once. ``signals``: who hears them, if that is not this call alone.
 
         Raises the first failing rank's own error, or `RankLost` if it left without a word.
         """
@@ -153,7 +164,10 @@ class Ranks:
             "threads": self.threads,
         }
         task = _pack((place, function, arguments))
-        with _signals(lambda number, count: self._hear(number, count, on_signal)):
+        with contextlib.ExitStack() as stack:
+            heard = stack.enter_context(StopSignals()) if signals is None else signals
+            answer = end if on_signal == "end" else self._ask_to_stop
+            stack.enter_context(heard.answered_by(answer))
             for rank in members:
                 rank.results.clear()
                 with contextlib.suppress(BrokenPipeError):  # it ended: _listen says why
@@ -161,13 +175,7 @@ class Ranks:
             self._listen(members, on_message)
         return [rank.results[0] for rank in members]
 
-    def _hear(self, number: int, count: int, on_signal: OnSignal) -> None:
-        name = signal.Signals(number).name
-        if count > 1:
-            self._kill()
-            os._exit(128 + number)
-        if on_signal == "end":
-            raise Stopped(f"ended by {name}")
+    def _ask_to_stop(self, _number: int) -> None:
         for rank in self._ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(signal.SIGTERM)
@@ -178,16 +186,23 @@ class Ranks:
                 selector.register(rank.report_fd, selectors.EVENT_READ, rank)
             while any(not rank.results for rank in members):
                 for key, _ in selector.select(POLL_S):
-                    rank = key.data
-                    for line in rank.lines():
-                        if "message" in line:
-                            on_message(rank.number, line["message"])
-                        else:
-                            rank.results.append(line["result"])
-                    if not rank.open:
-                        selector.unregister(rank.report_fd)
-                if any(not rank.open for rank in members):
-                    raise self._first_failure(members)
+                    self._take(key.data, on_message)
+                    if not key.data.open:
+                        selector.unregister(key.fd)
+                for rank in members:
+                    if not rank.results and rank.gone:
+                        # What it had sent before it left is still in its pipe.
+                        while rank.open and _readable(selector, rank.report_fd):
+                            self._take(rank, on_message)
+                        if not rank.results:
+                            raise self._first_failure(members)
+
+    def _take(self, rank: _Rank, on_message: Callable[[int, Message], None]) -> None:
+        for line in rank.lines():
+            if "message" in line:
+                on_message(rank.number, line["message"])
+            else:
+                rank.results.append(line["result"])
 
     def _first_failure(self, members: Sequence[_Rank]) -> ShoalError:
         """Give the others a moment to say what they saw, end them, and choose the cause."""
@@ -201,19 +216,22 @@ class Ranks:
                 break
             time.sleep(0.01)
         self._kill()
-        failures: list[tuple[bool, float, ShoalError]] = []
+        # First causes before what follows from them, a kill from outside before all others: what
+        # its peers say then, in whatever words, is never the cause.
+        failures: list[tuple[int, float, ShoalError]] = []
         for rank in members:
             words = rank.last_words()
             if words is not None:
                 error = ShoalError.from_json(words["error"])
-                failures.append((words["secondary"], words["time"], error))
+                failures.append((2 if words["secondary"] else 1, words["time"], error))
             elif rank.number in lost:
-                failures.append((False, lost[rank.number], _lost(rank)))
+                killed = rank.process.returncode == -signal.SIGKILL
+                failures.append((0 if killed else 1, lost[rank.number], _lost(rank)))
         self.close()
         if not failures:
             return RankLost("a rank closed its pipe and did not end")
-        secondary, _, error = min(failures, key=lambda failure: failure[:2])
-        if secondary and isinstance(error, PeerLost):
+        _, _, error = min(failures, key=lambda failure: failure[:2])
+        if isinstance(error, PeerLost):
             return RankLost(f"the connection between ranks broke: {error.message}", rank=error.rank)
         return error
 
@@ -238,6 +256,10 @@ class Ranks:
             rank.failure.close()
         self._ranks = []
         self._store.close()
+
+
+def _readable(selector: selectors.BaseSelector, fd: int) -> bool:
+    return any(key.fd == fd for key, _ in selector.select(0))
 
 
 def _lost(rank: _Rank) -> RankLost:
@@ -287,25 +309,3 @@ def _stderr_fd() -> int:
         return sys.stderr.fileno()
     except (OSError, ValueError, AttributeError):  # a notebook, or a test that captures
         return 2
-
-
-@contextlib.contextmanager
-def _signals(hear: Callable[[int, int], None]) -> Iterator[None]:
-    """Call ``hear(number, count)`` at each SIGINT and SIGTERM, in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    count = 0
-
-    def handler(number: int, _frame: object) -> None:
-        nonlocal count
-        count += 1
-        hear(number, count)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

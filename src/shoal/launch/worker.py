@@ -1,8 +1,9 @@
 """A rank: reads functions from an inherited pipe, runs them, reports in JSON.
 
-    python -m shoal.launch.worker '{"rank": 0, "parent": 4711, "task_fd": 5, …}'
+python -m shoal.launch.worker '{"rank": 0, "parent": 4711, "task_fd": 5, …}'
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -10,9 +11,8 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -36,41 +36,31 @@ def read_task(pipe: BinaryIO) -> bytes | None:
 
 def last_words(fd: int, rank: int, error: BaseException) -> None:
     """Write why this rank ends into its small file, with the time: the first one is the cause."""
-    from shoal.errors import PeerLost, RunError, ShoalError
+    from shoal.errors import PeerLost
+    from shoal.launch.failure import described
 
-    text = "".join(traceback.format_exception(error))
-    if not isinstance(error, ShoalError):
-        described = RunError(f"{type(error).__name__}: {error}", hint=_place(error))
-        described.traceback = text
-        error = described
-    error.located(rank=rank)
-    error.traceback = error.traceback or text
     words = {
         "time": time.monotonic(),
         "secondary": isinstance(error, PeerLost),
-        "error": error.to_json(),
+        "error": described(error, rank).to_json(),
     }
     os.pwrite(fd, json.dumps(words).encode(), 0)
 
 
-def _place(error: BaseException) -> str | None:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"in {frames[-1].filename}:{frames[-1].lineno}" if frames else None
-
-
-def run_task(task: bytes, arguments: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Any:
+def run_task(
+    task: bytes,
+    arguments: dict[str, Any],
+    send: Callable[[dict[str, Any]], None],
+    stop_requested: threading.Event,
+) -> Any:
     """Unpack and run one function; what it returns has to be JSON."""
     # The only place where something is unpickled: bytes of our own parent, over a pipe that it
     # made for this process alone.
     import cloudpickle
 
-    from shoal.launch.context import Context, listen_for_stop
+    from shoal.launch.context import Context
 
-    flag = threading.Event()
-    listen_for_stop(flag)
-    if arguments["stopped"]:
-        flag.set()
-    place, function, values = cloudpickle.loads(task)  # noqa: S301
+    place, function, values = cloudpickle.loads(task)
     context = Context(
         rank=arguments["rank"],
         world_size=place["world_size"],
@@ -79,38 +69,65 @@ def run_task(task: bytes, arguments: dict[str, Any], send: Callable[[dict[str, A
         generation=place["generation"],
         threads=place["threads"],
         send=lambda message: send({"message": message}),
-        stop_requested=flag,
+        stop_requested=stop_requested,
     )
     return function(context, *values)
 
 
-def main() -> None:
-    arguments = json.loads(sys.argv[1])
-    die_with(arguments["parent"])
-    early_stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: early_stop.set())
+def hear_stop() -> threading.Event:
+    """An event that SIGTERM sets, one that came while this process started included.
+
+    SIGINT is the supervisor's business.
+    """
+    requested = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: requested.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    report_lock = threading.Lock()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    return requested
+
+
+def sender(fd: int) -> Callable[[dict[str, Any]], None]:
+    """How this rank reports: one JSON object a line, from any of its threads."""
+    lock = threading.Lock()
 
     def send(value: dict[str, Any]) -> None:
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
-        with report_lock:
+        with lock:
             view = memoryview(line)
             while view:
-                view = view[os.write(arguments["report_fd"], view) :]
+                view = view[os.write(fd, view) :]
 
+    return send
+
+
+def leave(status: int) -> NoReturn:
+    """End, with what was printed, and without destructors: a group's may wait for lost peers."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    """Run tasks until the supervisor closes the pipe, or one fails."""
+    arguments = json.loads(sys.argv[1])
+    die_with(arguments["parent"])
+    stop_requested = hear_stop()
+    # What user code starts must not hold the pipes: their end is how a rank's end is seen.
+    for name in ("task_fd", "report_fd", "failure_fd"):
+        os.set_inheritable(arguments[name], False)
+    sys.path[:] = arguments["path"]  # a user's modules are found here as they are there
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    send = sender(arguments["report_fd"])
     with open(arguments["task_fd"], "rb") as tasks:  # noqa: PTH123 (a descriptor, not a path)
         while (task := read_task(tasks)) is not None:
             try:
-                arguments["stopped"] = early_stop.is_set()
-                send({"result": run_task(task, arguments, send)})
+                send({"result": run_task(task, arguments, send, stop_requested)})
             except BaseException as error:
                 last_words(arguments["failure_fd"], arguments["rank"], error)
-                sys.stderr.flush()
-                # No destructors: a group's may wait for peers that will never answer.
-                os._exit(1)
-    sys.stderr.flush()
-    os._exit(0)
+                leave(1)
+            stop_requested.clear()
+    leave(0)
 
 
 if __name__ == "__main__":

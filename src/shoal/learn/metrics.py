@@ -26,7 +26,7 @@ from shoal.learn.shapes import (
     number,
     per_example,
 )
-from shoal.learn.user import unknown
+from shoal.recipe.user import unknown
 
 
 class Metric(Protocol):

@@ -30,7 +30,7 @@ from shoal.learn.shapes import (
     paired,
     per_example,
 )
-from shoal.learn.user import Named, call, check_options, load, unknown
+from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
 
 # What torch ignores when nothing is to be ignored: its default, -100, would hide a wrong label.

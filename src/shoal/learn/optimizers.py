@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from shoal.errors import UsageError
-from shoal.learn.user import Named, call, check_options, load, unknown
+from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
 
 _OURS = ("clip_norm", "no_decay")

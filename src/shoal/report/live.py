@@ -24,6 +24,8 @@ Message = Mapping[str, Any]
 
 # Plain lines: a minute's run prints about ten of them, a day's one every five minutes.
 _LEAST_SECONDS, _LEAST_SHARE, _SILENCE_SECONDS = 5.0, 0.1, 300.0
+# Columns kept for the bar itself and the time left.
+_BAR_AND_CLOCK = 16
 
 
 class View(Protocol):
@@ -193,11 +195,12 @@ def _progress(console: Any, *, redirect_stderr: bool) -> Any:
 def status(message: Message, total: float, width: int) -> str:
     """What stands beside the bar of a terminal ``width`` columns wide, as far as it fits."""
     parts = _step_parts(message, total)
-    wanted = list(parts)
-    for least, name in ((100, "lr"), (88, "epoch"), (72, "speed"), (48, "loss")):
-        if width < least and name in parts:
-            wanted.remove(name)
-    return "  ".join(parts[name] for name in wanted)
+    for name in ("lr", "epoch", "speed", "loss"):
+        text = "  ".join(parts.values()).removeprefix("step ")
+        if len(text) <= width - _BAR_AND_CLOCK:
+            return text
+        parts.pop(name, None)
+    return "  ".join(parts.values()).removeprefix("step ")
 
 
 def _step_parts(message: Message, total: float) -> dict[str, str]:
@@ -206,7 +209,7 @@ def _step_parts(message: Message, total: float) -> dict[str, str]:
     if math.isfinite(step):
         parts["step"] = f"step {step:.0f}" + (f"/{total:.0f}" if math.isfinite(total) else "")
     for key, name, text in (
-        ("epoch", "epoch", "epoch {:.2f}"),
+        ("epoch", "epoch", "epoch {:.1f}"),
         ("loss", "loss", "loss {:.4f}"),
         ("learning_rate", "lr", "lr {:.3g}"),
     ):

@@ -20,9 +20,10 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import DiskFull, RunFolderError
 from shoal.report.charts import Chart, run_charts, to_json
@@ -30,6 +31,9 @@ from shoal.report.reading import RunDocuments, read_run
 from shoal.report.values import Row, moment_text, number, rank_table, rows, seconds_text, text_of
 from shoal.units import format_count
 from shoal.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _MAX_EVENTS = 300
 # Keys of run.json with a place of their own on the page; the others are listed under "Run".
@@ -87,20 +91,12 @@ def write_page(folder: Path) -> Path:
 
 def render_run(documents: RunDocuments) -> str:
     """The whole page of a run as one HTML text."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     charts = run_charts(documents)
     drawn = [(f"chart-{index}", chart) for index, chart in enumerate(charts) if chart.series]
     scripts = [_bokeh_script(), _asset("page.js")] if drawn else []
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(_asset),
-    )
-    return environment.get_template("page.html").render(
+    return _template().render(
         **_context(documents, charts),
         policy=_policy(scripts),
         # Marked as safe: our own files, and JSON in which no tag can begin.
@@ -108,6 +104,20 @@ def render_run(documents: RunDocuments) -> str:
         scripts=[Markup(script) for script in scripts],
         chart_data=Markup(_embedded([to_json(chart, key) for key, chart in drawn])),
     )
+
+
+@lru_cache(maxsize=1)
+def _template() -> "Template":
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_asset),
+    )
+    return environment.get_template("page.html")
 
 
 def _context(documents: RunDocuments, charts: Sequence[Chart]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def compare(group: Group, items: Mapping[str, Any]) -> None:
 
 def digest(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's values."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return str(xxhash.xxh3_128_hexdigest(flat.numpy()))
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    values = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return xxhash.xxh3_128_hexdigest(values)
 
 
 def model_digests(model: nn.Module) -> dict[str, str]:

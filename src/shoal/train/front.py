@@ -8,23 +8,47 @@
 With ``WORLD_SIZE`` set (torchrun, Slurm) no ranks are started: this process is one of them.
 """
 
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal import env, report
 from shoal.cluster import Cluster
-from shoal.errors import RankLost, RunError, ShoalError
+from shoal.errors import RankLost, ShoalError, Stopped
 from shoal.job import Resolved, check_before_start, resolve
-from shoal.launch import Ranks
+from shoal.launch import Ranks, StopSignals, stop_signals_heard, wait
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
 from shoal.train.entry import run_on_rank
-from shoal.train.folder import Options, failed, finish, open_run, start
+from shoal.train.folder import (
+    Options,
+    drop_half_written,
+    ended_at_once,
+    failed,
+    finish,
+    open_run,
+    start,
+    write_report,
+)
 
 Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its folder, the contract's document, and what went wrong if it did.
+
+    ``exit_status`` is the command's: 0, 3 (`error` says why), 75, or 128 + a second signal's number.
+    """
+
+    run: Run
+    document: dict[str, Any]
+    exit_status: int
+    error: ShoalError | None = None
 
 
 def train(
@@ -38,74 +62,125 @@ def train(
 
     Returns the run, whose ``summary`` is the contract's document; its ``state`` is "done" or
     "stopped". Raises a `ShoalError` for anything else; what was committed stays in the run's folder.
+    Under torchrun every rank returns the run, and rank 0 writes its summary.
     """
-    run = train_with(recipe, strategy, cluster, Options(Path(out) if out else None, resume))
-    if run is None:
-        raise RunError("this process is not rank 0: the run is in rank 0's hands")
-    return run
+    ended = train_with(recipe, strategy, cluster, Options(Path(out) if out else None, resume))
+    if ended.exit_status > 128:
+        raise SystemExit(ended.exit_status)
+    if ended.error is not None:
+        raise ended.error
+    return ended.run
 
 
 def train_with(
     recipe: Recipe, strategy: str | Strategy, cluster: Cluster | None, options: Options
-) -> Run | None:
-    """:func:`train` with every option of the command line; None on ranks other than 0."""
-    cluster = cluster or Cluster.local()
+) -> Ended:
+    """:func:`train` with every option of the command line.
+
+    Raises a `ShoalError` for what is found before there is a run; later ones are in what it returns.
+    """
     world = env.torchrun_world()
-    world_size = world.world_size if world is not None else None
-    resolved = resolve(recipe, strategy, cluster, world_size=world_size)
-    check_before_start(recipe)
     if world is not None:
-        from shoal.train.joined import train_joined
+        with stop_signals_heard() as stop_requested:
+            from shoal.train.joined import train_joined
 
-        return train_joined(world, recipe, resolved, cluster, options)
-    run = open_run(recipe, options)
-    with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
-        start(run, recipe, resolved, cluster, resume=options.resume)
-        for reason in resolved.reasons:
-            view.show({"kind": "event", "event": "choice", "message": reason})
+            return train_joined(world, recipe, strategy, cluster, options, stop_requested)
+    with StopSignals() as signals:
+        cluster = cluster or Cluster.local()
+        resolved = resolve(recipe, strategy, cluster)
+        check_before_start(recipe)
+        with signals.answered_by(wait):  # the ranks answer, once they are there
+            run = open_run(recipe, options)
+            with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
+                front = _Front(run, recipe, resolved, options, signals, view.show)
+                return front.train(cluster)
+
+
+class _Front:
+    """One run, as the process that has started its ranks sees it."""
+
+    def __init__(
+        self,
+        run: Run,
+        recipe: Recipe,
+        resolved: Resolved,
+        options: Options,
+        signals: StopSignals,
+        show: Show,
+    ) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._resolved = resolved
+        self._options = options
+        self._signals = signals
+        self._show = show
+        self._start_message: dict[str, Any] = {}
+
+    def train(self, cluster: Cluster) -> Ended:
+        """The run from its first file to its report."""
+        run, resolved = self._run, self._resolved
         try:
-            summary = _supervise(run, recipe, resolved, options, view.show)
+            start(run, self._recipe, resolved, cluster, resume=self._options.resume)
+            for reason in resolved.reasons:
+                self._show({"kind": "event", "event": "choice", "message": reason})
+            document = finish(run, resolved, self._supervise())
         except ShoalError as error:
-            failed(run, resolved, error)
-            raise
-        finish(run, resolved, summary)
-        view.show({"kind": "end", **summary})
-    return run
+            drop_half_written(run)
+            document = failed(run, resolved, error, self._start_message)
+            ended = Ended(run, document, error.exit_status, error)
+        except SystemExit as second:  # a second signal: the ranks are gone
+            return self._ended_at_once(int(str(second.code)))
+        else:
+            self._show({"kind": "end", **document})
+            ended = Ended(run, document, 75 if document["state"] == "stopped" else 0)
+        self._warn(write_report(run))
+        return ended
 
+    def _supervise(self) -> dict[str, Any]:
+        """Run the ranks to the end; the policy on a rank's death: end, or start again."""
+        restarts, resume = 0, self._options.resume
+        while True:
+            try:
+                return self._run_ranks(resume)
+            except RankLost as error:
+                if restarts == self._options.max_restarts or self._signals.heard:
+                    raise
+                restarts, resume = restarts + 1, True
+                who = f"{error.where}: " if error.where else ""
+                message = f"{who}{error.message}; starting again from the newest checkpoint"
+                self._run.log_event("recovery", message, error.rank)
+                self._show({"kind": "event", "event": "recovery", "message": message})
 
-def _supervise(
-    run: Run, recipe: Recipe, resolved: Resolved, options: Options, show: Show
-) -> dict[str, Any]:
-    """Run the ranks to the end; the policy on a rank's death is here: end, or start again."""
-    restarts, resume = 0, options.resume
-    while True:
-        try:
-            return _run_ranks(run, recipe, resolved, resume, show)
-        except RankLost as error:
-            if restarts == options.max_restarts:
-                raise
-            restarts, resume = restarts + 1, True
-            message = f"{error.where}: {error.message}; starting again from the newest checkpoint"
-            run.log_event("recovery", message, error.rank)
-            show({"kind": "event", "event": "recovery", "message": message})
+    def _run_ranks(self, resume: bool) -> dict[str, Any]:
+        task = {
+            "recipe": self._recipe.to_dict(),
+            "strategy": str(self._resolved.strategy),
+            "device": self._resolved.device,
+            "run": str(self._run.path.resolve()),
+            "resume": resume,
+        }
+        with Ranks(self._resolved.strategy.world_size, threads=self._resolved.threads) as ranks:
+            results = ranks.call(
+                run_on_rank,
+                task,
+                on_message=lambda _rank, message: self._hear(message),
+                on_signal="pass on",
+                signals=self._signals,
+            )
+        summary: dict[str, Any] = results[0]
+        return summary
 
+    def _hear(self, message: dict[str, Any]) -> None:
+        if message.get("kind") == "start":
+            self._start_message = message
+        self._show(message)
 
-def _run_ranks(
-    run: Run, recipe: Recipe, resolved: Resolved, resume: bool, show: Show
-) -> dict[str, Any]:
-    task = {
-        "recipe": recipe.to_dict(),
-        "strategy": str(resolved.strategy),
-        "device": resolved.device,
-        "run": str(run.path.resolve()),
-        "resume": resume,
-    }
-    with Ranks(resolved.strategy.world_size, threads=resolved.threads) as ranks:
-        results = ranks.call(
-            run_on_rank,
-            task,
-            on_message=lambda _rank, message: show(message),
-            on_signal="pass on",
-        )
-    summary: dict[str, Any] = results[0]
-    return summary
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            self._show({"kind": "event", "event": "warning", "message": message})
+
+    def _ended_at_once(self, status: int) -> Ended:
+        error = Stopped(f"ended at once by a second signal, {signal.Signals(status - 128).name}")
+        drop_half_written(self._run)
+        document = ended_at_once(self._run, self._resolved, error.message)
+        return Ended(self._run, document, status, error)

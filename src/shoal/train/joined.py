@@ -6,58 +6,144 @@ signals itself, and each rank's own failure is its own to print.
 
 import contextlib
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from shoal import report
 from shoal.cluster import Cluster
 from shoal.env import World
-from shoal.errors import ShoalError
-from shoal.job import Resolved
-from shoal.launch import joined_context
+from shoal.errors import PeerLost, RankLost, RunError, ShoalError
+from shoal.job import Resolved, check_before_start, resolve
+from shoal.launch import Context, described, joined_context
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.train.folder import Options, failed, finish, open_run, start
+from shoal.strategy import Strategy
+from shoal.train.folder import Options, failed, finish, open_run, start, write_report
+from shoal.train.front import Ended
 from shoal.train.rank import Task, train_on_rank
+
+LAST_WORDS_S = 2.0  # how long rank 0 waits for a lost rank's reason to appear in the run folder
 
 
 def train_joined(
-    world: World, recipe: Recipe, resolved: Resolved, cluster: Cluster, options: Options
-) -> Run | None:
-    """Be one rank of the world. Rank 0 returns the run, the others None."""
+    world: World,
+    recipe: Recipe,
+    strategy: str | Strategy,
+    cluster: Cluster | None,
+    options: Options,
+    stop_requested: threading.Event,
+) -> Ended:
+    """Be one rank of the world. Rank 0 writes the run folder; all know how the run ended.
+
+    Raises a `ShoalError` on each rank for what is found before there is a run.
+    """
+    cluster = cluster or Cluster.local()
+    resolved = resolve(recipe, strategy, cluster, world=world)
+    check_before_start(recipe)
     with contextlib.ExitStack() as stack:
         show: Any = _silent
-        run: Run | None = None
         if world.rank == 0:
             show = stack.enter_context(report.live.view(sys.stderr, verbose=options.verbose)).show
+        context = joined_context(world, resolved.threads, show, stop_requested)
+        part = _Part(context, recipe, resolved, cluster, options)
+        return part.train(stack)
+
+
+class _Part:
+    """One rank's part of a joined run."""
+
+    def __init__(
+        self,
+        context: Context,
+        recipe: Recipe,
+        resolved: Resolved,
+        cluster: Cluster,
+        options: Options,
+    ) -> None:
+        self._context = context
+        self._recipe = recipe
+        self._resolved = resolved
+        self._cluster = cluster
+        self._options = options
+        self._run: Run | None = None
+        self._began = time.time()
+
+    def train(self, stack: contextlib.ExitStack) -> Ended:
+        """Meet the others, then train; rank 0 opens the run's folder once they have met."""
 
         def open_folder() -> Path:
-            """Rank 0's part, once the ranks have met: an error here is an error of all."""
-            nonlocal run
-            run = open_run(recipe, options)
+            run = open_run(self._recipe, self._options)
             stack.enter_context(run.lock())
-            start(run, recipe, resolved, cluster, resume=options.resume)
+            start(
+                run, self._recipe, self._resolved, self._cluster, resume=self._options.resume
+            )
+            for reason in self._resolved.reasons:
+                self._context.send({"kind": "event", "event": "choice", "message": reason})
             return run.path
 
-        threads = max(1, cluster.cores // world.local_world_size)
         task = Task(
-            recipe=recipe.to_dict(),
-            strategy=str(resolved.strategy),
-            device=resolved.device,
+            recipe=self._recipe.to_dict(),
+            strategy=str(self._resolved.strategy),
+            device=self._resolved.device,
             run=None,
-            resume=options.resume,
+            resume=self._options.resume,
         )
         try:
-            summary = train_on_rank(joined_context(world, threads, show), task, open_folder)
-        except ShoalError as error:
-            error.located(rank=world.rank)
-            if run is not None:
-                failed(run, resolved, error)
-            raise
-        if run is not None:
-            finish(run, resolved, summary)
-            show({"kind": "end", **summary})
-        return run
+            summary = train_on_rank(self._context, task, open_folder, self._opened)
+        except Exception as error:
+            return self._failed(described(error, self._context.rank))
+        return self._ended(summary)
+
+    def _opened(self, run: Run) -> None:
+        self._run = run
+
+    def _ended(self, summary: dict[str, Any]) -> Ended:
+        assert self._run is not None  # it has a summary
+        status = 75 if summary["state"] == "stopped" else 0
+        if self._context.rank != 0:
+            return Ended(self._run, summary, status)
+        document = finish(self._run, self._resolved, summary)
+        self._context.send({"kind": "end", **document})
+        warning = write_report(self._run)
+        if warning is not None:
+            self._context.send({"kind": "event", "event": "warning", "message": warning})
+        return Ended(self._run, document, status)
+
+    def _failed(self, error: ShoalError) -> Ended:
+        """Write down a failure: rank 0 in the document, any other for rank 0 to find."""
+        if self._run is None:
+            raise error
+        if self._context.rank != 0:
+            if not isinstance(error, PeerLost):
+                with contextlib.suppress(OSError, ShoalError):
+                    self._run.log_event(
+                        "fault", error.message, error.rank, error.step, error.phase
+                    )
+            return Ended(self._run, {}, error.exit_status, error)
+        cause = self._cause(self._run, error) if isinstance(error, PeerLost) else error
+        document = failed(self._run, self._resolved, cause, {})
+        write_report(self._run)
+        # Whose own error it is, tells it; where a rank left without a word, rank 0 does.
+        told_here = not isinstance(error, PeerLost) or isinstance(cause, RankLost)
+        return Ended(self._run, document, 3, cause if told_here else error)
+
+    def _cause(self, run: Run, lost: PeerLost) -> ShoalError:
+        """The first reason that another rank gives in the run folder, soon after it is lost."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ShoalError):
+                for event in run.events():
+                    if event["event"] == "fault" and event["time"] >= self._began:
+                        return RunError(
+                            event["message"],
+                            rank=event["rank"],
+                            step=event["step"],
+                            phase=event["phase"],
+                        )
+            time.sleep(0.05)
+        return RankLost(f"another rank has left without a word: {lost.message}", step=lost.step)
 
 
 def _silent(_message: dict[str, Any]) -> None:

@@ -71,6 +71,18 @@ def test_a_folder_with_only_train_in_it_is_undivided(write_folder: WriteFolder) 
     assert len(test.names) == 2
 
 
+def test_the_names_are_the_same_from_wherever_the_folder_is_named(
+    write_folder: WriteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder("photos/train", {"cat": 2}).parent
+    write_folder("photos/test", {"cat": 1})
+    expected = locate(str(root)).load("all").names
+    assert expected == ("train/cat/000.png", "train/cat/001.png", "test/cat/000.png")
+    monkeypatch.chdir(root)
+    for name in (".", "./", "../photos/"):
+        assert locate(name).load("all").names == expected
+
+
 def test_a_class_may_be_called_train(write_folder: WriteFolder) -> None:
     root = write_folder("vehicles", {"train": 2, "bus": 2})
     assert locate(str(root)).describe("all").classes == ("bus", "train")

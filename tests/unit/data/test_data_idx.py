@@ -57,6 +57,14 @@ def test_the_fingerprint_is_of_the_files_not_of_where_they_lie(write_idx: WriteI
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_other_images_of_the_same_sizes_have_another_fingerprint(write_idx: WriteIdx) -> None:
+    folder = write_idx(zipped=False)
+    before = locate(str(folder)).describe("train").fingerprint
+    path = train_images(folder)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    assert locate(str(folder)).describe("train").fingerprint != before
+
+
 def test_large_label_files_are_not_read_to_describe(
     write_idx: WriteIdx, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,9 +57,9 @@ def test_the_order_is_pinned() -> None:
     assert far.tolist() == GOLDEN_FAR
 
 
-GOLDEN_10: list[int] = []
-GOLDEN_1437: list[int] = []
-GOLDEN_FAR: list[int] = []
+GOLDEN_10 = [6, 1, 9, 7, 4, 5, 2, 3, 0, 8]
+GOLDEN_1437 = [583, 1247, 354, 1086, 668, 793, 626, 423]
+GOLDEN_FAR = [504061573526, 429026746948]
 
 
 def test_no_examples_and_one() -> None:
@@ -108,7 +108,7 @@ def test_neighbours_are_parted() -> None:
 
 @pytest.mark.parametrize("examples", [2, 3, 4, 5, 7, 12])
 def test_each_example_of_a_small_set_comes_first_equally_often(examples: int) -> None:
-    epochs = 2000
+    epochs = 800
     placed = np.stack([whole(examples, epoch=epoch) for epoch in range(epochs)])
     for place in range(examples):
         counts = np.bincount(placed[:, place], minlength=examples)

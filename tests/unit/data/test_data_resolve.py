@@ -38,12 +38,17 @@ def test_an_undivided_folder_is_parted_only_for_evaluation(write_folder: Write) 
     assert splits(root, None) == ("all", None)
     assert splits({"source": root, "split": "train"}, None) == ("train", None)
     assert splits({"source": root, "split": "all"}) == ("all", None)
+    assert splits(root, {"source": root, "split": "test"}) == ("train", "test")
+    assert splits(root, {"source": root, "split": "all"}) == ("all", "all")
+    assert splits({"source": root, "split": "all"}, root) == ("all", "all")
     train, test = resolved(root)
     assert (data.describe(train).examples, data.describe(test).examples) == (18, 2)
 
 
 def test_one_example_cannot_be_parted(write_folder: Write) -> None:
-    assert splits(str(write_folder("photos", {"cat": 1}))) == ("all", None)
+    root = str(write_folder("photos", {"cat": 1}))
+    assert splits(root) == ("all", None)
+    assert splits({"source": root, "split": "train"}) == ("train", None)
 
 
 def test_idx_files_with_and_without_a_test_part(write_idx: Write) -> None:
@@ -103,6 +108,17 @@ def test_labels_outside_the_model_s_classes_are_named(write_idx: Write) -> None:
         data.open_feed(train, batch_size=4, seed=0, shuffle=True) as feed,
         pytest.raises(DataMissing),
     ):
+        data.check_labels(feed, 5)
+
+
+def test_labels_that_were_too_many_to_describe_are_checked_once_opened(
+    write_idx: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.data.sources.idx._LABELS_READ_BYTES", 10)
+    train, _ = resolved(str(write_idx()))
+    data.check_labels(data.describe(train), 5)
+    feed = data.open_feed(train, batch_size=4, seed=0, shuffle=True)
+    with pytest.raises(DataMissing, match="label 9 of example 9 is outside"):
         data.check_labels(feed, 5)
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.errors import UsageError
 from shoal.models import ResNet, ResNetOptions
-from shoal.models.resnet import downscale
+from shoal.models.resnet import SCALE_BEFORE_SKIP, downscale
 from shoal.recipe import SIGNATURES
 
 
@@ -208,6 +208,16 @@ def test_a_depthwise_convolution_is_initialised_by_its_own_fan():
     model = ResNet(ResNetOptions(conv="depthwise_separable"))
     weight = model.layer4[1].conv2.depthwise.weight
     assert weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_only_the_norm_before_a_skip_starts_small(depth):
+    last = "bn2" if depth == 18 else "bn3"
+    for residual in (True, False):
+        for name, module in tiny(depth=depth, residual=residual).named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                small = residual and name.startswith("layer") and name.endswith(f".{last}")
+                assert (module.weight == (SCALE_BEFORE_SKIP if small else 1)).all(), name
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 9, 32, 64])

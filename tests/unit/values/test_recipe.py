@@ -198,6 +198,9 @@ def test_all_problems_at_once_with_file_line_and_nearest_name(tmp_path: Path) ->
         ({"model": None}, "model", "must be a name"),
         ({"model": print}, "model", "import path of a function"),
         ({"model": "my package.models:build"}, "model", "import path"),
+        ({"model": {"name": "m:f", "a b": 1}}, "model.a b", "not the name of an argument"),
+        ({"model": {"name": "m:f", "x": {1: 2}}}, "model.x.1", "must be text"),
+        ({"model": {"name": "m:f", "x": [float("inf")]}}, "model.x.0", "finite"),
         ({"model": {"name": "m:f", "x": object}}, "model.x", "must be text, a number"),
         ({"model": {"name": "resnet", "depth": 42}}, "model.depth", "18, 34, 50, 101 or 152"),
         ({"model": {"name": "resnet", "residual": 1}}, "model.residual", "true or false"),
@@ -355,7 +358,7 @@ def test_a_problem_of_a_set_names_the_set_and_the_others_their_line(tmp_path: Pa
 )
 def test_a_set_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(written(tmp_path, CONTRACT), (text, "b"))
+        load_recipe(written(tmp_path, CONTRACT), (text,))
     assert message in caught.value.problems[0].message
     assert caught.value.problems[0].file == f"--set {text}"
 
@@ -398,9 +401,15 @@ def test_recipes_need_no_torch() -> None:
 shares = st.floats(0, 1, exclude_max=True)
 counts = st.integers(1, 10**6)
 amounts = st.floats(0, 1e6)
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+# PyYAML writes U+0085 in a way that it does not read back.
+texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x85"), max_size=8)
+identifiers = st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
@@ -419,7 +428,7 @@ def some(name: str, required: dict[str, Any] | None = None, **optional: Any) -> 
 own = st.builds(
     lambda name, options: {**options, "name": name},
     st.sampled_from(["pkg.models:build", "script:Net", "a.b.c"]),
-    st.dictionaries(texts, plain, max_size=3),
+    st.dictionaries(identifiers, plain, max_size=3),
 )
 optimizing = {
     "weight_decay": amounts,
@@ -494,7 +503,7 @@ recipes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(recipes, st.sampled_from(["epochs", "steps"]), counts)
 def test_yaml_round_trip(
     tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any], length: str, count: int

@@ -1,0 +1,122 @@
+"""Groups of examples of the *global* batch whose statistics batch norm uses, wherever they lie.
+
+    global batch   0 1 2 3 | 4 5 6 7 | 8 9          normalize_over: 4 → groups 0, 1, 2
+    rank 0         0 1 2 3   4                      group 1 lies on both ranks: its mean and
+    rank 1                     5 6 7   8 9          variance are combined from both parts
+
+``normalize_over: batch`` is one group, the whole batch.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.comm import Group
+from shoal.errors import RunError
+
+
+class Tracker(Protocol):
+    """A layer that keeps running statistics."""
+
+    def track(self, means: Tensor, variances: Tensor, present: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of one group that are on this rank: ``rows`` of the local batch."""
+
+    group: int
+    rows: slice
+
+
+@dataclass
+class BatchGroups:
+    """How the rows of the step in hand fall into groups; shared by all layers of a replica."""
+
+    normalize_over: int | None  # None: the whole batch is one group
+    group: Group
+    count: int = 1
+    spans: tuple[Span, ...] = ()
+    local_rows: int = 0
+    crosses: bool = False
+    recomputing: bool = False
+    _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
+
+    def begin(self, rows: Tensor, batch_examples: int, shares: list[tuple[int, int]]) -> None:
+        """Set the groups of a step.
+
+        ``rows``: positions of the local rows in the global batch (int64, ascending); ``shares``:
+        every rank's (start, stop) of those positions.
+        """
+        size = self.normalize_over or max(1, batch_examples)
+        self.count = max(1, -(-batch_examples // size))
+        self.local_rows = len(rows)
+        group_of_row = torch.div(rows, size, rounding_mode="floor")
+        numbers, lengths = torch.unique_consecutive(group_of_row, return_counts=True)
+        start, spans = 0, []
+        for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
+            spans.append(Span(number, slice(start, start + length)))
+            start += length
+        self.spans = tuple(spans)
+        borders = [stop for _, stop in shares if 0 < stop < batch_examples]
+        self.crosses = self.group.size > 1 and any(border % size for border in borders)
+        self._pending.clear()
+
+    def spans_of(self, rows: int) -> tuple[Span, ...]:
+        """The spans of a layer's input of `rows` rows.
+
+        A layer may see several rows of each example (crops, frames, tokens), those of an example
+        together. Raises `RunError` where groups of examples cannot be told apart.
+        """
+        if rows == self.local_rows:
+            return self.spans
+        if self.normalize_over is None:
+            return (Span(0, slice(0, rows)),) if rows else ()
+        each, rest = divmod(rows, self.local_rows) if self.local_rows else (0, rows)
+        if rest:
+            raise RunError(
+                f"batch norm over groups of {self.normalize_over} examples: a layer got {rows} "
+                f"rows for {self.local_rows} examples",
+                hint="Set normalize_over: batch, or give the layer the same number of rows for "
+                "each example.",
+            )
+        return tuple(
+            Span(span.group, slice(span.rows.start * each, span.rows.stop * each))
+            for span in self.spans
+        )
+
+    @contextlib.contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Inside, statistics are used again and not counted again."""
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+    def track_later(self, layer: Tracker, means: Tensor, variances: Tensor) -> None:
+        """Note the statistics ``[groups, C]`` of the groups on this rank; zero for the others."""
+        self._pending.append((layer, means, variances))
+
+    def finish(self) -> None:
+        """Bring running statistics up to date where groups lie whole on one rank. Collective.
+
+        One small collective a step for all layers together; normalising itself needed none.
+        """
+        if not self._pending:
+            return
+        present = self._pending[0][1].new_zeros(self.count)
+        present[[span.group for span in self.spans]] = 1.0
+        parts = [torch.stack((m, v)).flatten() for _, m, v in self._pending]
+        # Every group is on exactly one rank, and zero on the others: the sum is exact.
+        everywhere = self.group.all_reduce(torch.cat((present, *parts)), "activation")
+        start = self.count
+        for layer, mean, _ in self._pending:
+            means, variances = everywhere[start : start + 2 * mean.numel()].view(2, *mean.shape)
+            layer.track(means, variances, everywhere[: self.count] > 0)
+            start += 2 * mean.numel()
+        self._pending.clear()

@@ -1,0 +1,108 @@
+"""What all tests share: one pool of four ranks for the whole session.
+
+    def total(groups, start):
+        ...
+        return [1, 2]                                  # JSON
+
+    def test_it(pool):
+        assert pool.run(total, 7, ranks=3) == [[1, 2]] * 3
+
+Functions and what they use of test modules travel to the ranks by value. On a rank warnings are
+errors, as they are here.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from shoal.launch import Context, Ranks
+
+POOL_RANKS = 4
+
+
+class Pool:
+    """Ranks that wait for work; started at the first call, and again after a crash."""
+
+    def __init__(self, size: int = POOL_RANKS) -> None:
+        self.size = size
+        self._ranks: Ranks | None = None
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        return self._ranks.process_ids if self._ranks is not None else ()
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        ranks: int | None = None,
+        on_message: Callable[[int, Any], None] = lambda _rank, _message: None,
+    ) -> list[Any]:
+        """``function(context, *arguments)`` on the first `ranks` ranks; a failure ends the pool."""
+        if self._ranks is None or not self._ranks.alive:
+            self.close()
+            self._ranks = Ranks(self.size, threads=1)
+        _carry_tests_by_value()
+        try:
+            return self._ranks.call(
+                _strictly, function, *arguments, ranks=ranks, on_message=on_message
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int) -> list[Any]:
+        """``function(groups, *arguments)`` on `ranks` ranks that have met."""
+        return self.call(_together, function, *arguments, ranks=ranks)
+
+    def close(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+
+
+def _strictly(context: Context, function: Callable[..., Any], *arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return function(context, *arguments)
+
+
+def _together(context: Context, function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch
+
+    from shoal.comm import Groups
+
+    torch.set_num_threads(1)
+    groups = Groups.form(
+        context.rank, context.world_size, context.store, context.generation, timeout_s=60
+    )
+    result = function(groups, *arguments)
+    groups.close()
+    return result
+
+
+def _carry_tests_by_value() -> None:
+    here = str(Path(__file__).parent)
+    for module in list(sys.modules.values()):
+        if (getattr(module, "__file__", None) or "").startswith(here):
+            cloudpickle.register_pickle_by_value(module)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four ranks; subgroups of them with ``ranks=k``."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist one worker runs all tests of the pool, so that there is only one pool."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))

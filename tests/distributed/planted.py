@@ -1,0 +1,142 @@
+"""Bugs of the kinds that people meet, planted on the ranks for the time of one verification.
+
+Each is a context manager that changes Shoal in this process and puts it back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from shoal.parallel import Share
+from shoal.sync import EveryStep
+
+
+@contextlib.contextmanager
+def gradients_not_summed() -> Iterator[None]:
+    def keep(self, _state, bucket):
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    with mock.patch.object(EveryStep, "_sum", keep):
+        yield
+
+
+@contextlib.contextmanager
+def gradients_averaged() -> Iterator[None]:
+    summed = EveryStep._sum
+
+    def average(self, state, bucket):
+        return summed(self, state, bucket).then(lambda done: done.value() / self._group.size)
+
+    with mock.patch.object(EveryStep, "_sum", average):
+        yield
+
+
+@contextlib.contextmanager
+def mean_of_means() -> Iterator[None]:
+    """Each rank divides by its own count, and the ranks' results are averaged."""
+    right = EveryStep.share
+
+    def share(self, vector):
+        own = vector.clone()
+        totals = right(self, vector)
+        totals[1] = own[1] * self._group.size
+        return totals
+
+    with mock.patch.object(EveryStep, "share", share):
+        yield
+
+
+@contextlib.contextmanager
+def tokens_weighted_as_examples() -> Iterator[None]:
+    """Shares weigh by their examples, though the objective counts unmasked tokens."""
+    import shoal.parallel.replica as replica_module
+
+    right, begin = EveryStep.share, replica_module.Replica._begin
+    sizes = {}
+
+    def note(self, batch, step, share: Share):
+        start, stop = share.shares[self.rank]
+        sizes["weight"] = share.batch_examples / max(1, stop - start)
+        return begin(self, batch, step, share)
+
+    def share(self, vector):
+        own = vector.clone()
+        totals = right(self, vector)
+        totals[1] = own[1] * sizes["weight"]
+        return totals
+
+    with (
+        mock.patch.object(replica_module.Replica, "_begin", note),
+        mock.patch.object(EveryStep, "share", share),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def statistics_not_synchronised() -> Iterator[None]:
+    with mock.patch("shoal.parallel.use_groups", return_value=0):
+        yield
+
+
+@contextlib.contextmanager
+def last_rows_dropped() -> Iterator[None]:
+    """What does not divide by the number of ranks is left out."""
+
+    def equal_shares(examples: int, ranks: int) -> Share:
+        each = examples // ranks
+        return Share(each * ranks, tuple((r * each, (r + 1) * each) for r in range(ranks)))
+
+    with mock.patch("shoal.job.workload.share_of", equal_shares):
+        yield
+
+
+@contextlib.contextmanager
+def running_statistics_of_one_rank() -> Iterator[None]:
+    """Buffers are updated from rank 0's mean only, where they are sums over ranks."""
+    from shoal.parallel import GroupBatchNorm
+
+    right = GroupBatchNorm.track
+
+    def track(self, means, *others):
+        return right(self, means * 0.5, *others)
+
+    with mock.patch.object(GroupBatchNorm, "track", track):
+        yield
+
+
+@contextlib.contextmanager
+def weight_decay_forgotten() -> Iterator[None]:
+    from shoal.job import Job
+
+    right = Job.update
+
+    def update(self):
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        return right(self)
+
+    with mock.patch.object(Job, "update", update):
+        yield
+
+
+@contextlib.contextmanager
+def stale_weights_on_one_rank() -> Iterator[None]:
+    from shoal.job import Job
+
+    right = Job.update
+
+    def update(self):
+        weights = [p.detach().clone() for p in self.replica.model.parameters()]
+        norm = right(self)
+        if self.groups.data.rank == 1:
+            with torch.no_grad():
+                for parameter, old in zip(self.replica.model.parameters(), weights, strict=True):
+                    parameter.copy_(old)
+        return norm
+
+    with mock.patch.object(Job, "update", update):
+        yield
