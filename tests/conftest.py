@@ -47,6 +47,7 @@ class Pool:
         if self._ranks is None or not self._ranks.alive:
             self.close()
             self._ranks = Ranks(self.size, threads=1)
+            self._ranks.call(_import_torch)
         _carry_tests_by_value()
         try:
             return self._ranks.call(
@@ -64,6 +65,11 @@ class Pool:
         if self._ranks is not None:
             self._ranks.close()
             self._ranks = None
+
+
+def _import_torch(_context: Context) -> None:
+    """Seconds that all ranks spend together here, rather than one by one in the tests."""
+    import shoal.train.step  # noqa: F401
 
 
 def _strictly(context: Context, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -70,7 +70,7 @@ class Run:
         """Make a run folder of this very name; it may be there if it is empty."""
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            there = sorted(each.name for each in path.iterdir())
+            there = sorted(each.name for each in path.iterdir() if each.name != _LOCK)
         if there:
             raise RunFolderError(
                 f"{path} is not empty: it holds {_some(there)}",
@@ -113,10 +113,15 @@ class Run:
 
     def write_inputs(self, recipe: "Recipe", strategy: "Strategy", cluster: "Cluster") -> None:
         """Write the three inputs; from then on :meth:`open` finds a run here."""
+        writers = dict(zip(_INPUTS, (recipe.to_yaml, strategy.write, cluster.write), strict=True))
         with _writing(self.path):
-            recipe.to_yaml(self.path / "recipe.yaml")
-            strategy.write(self.path / "strategy.json")
-            cluster.write(self.path / "cluster.json")
+            for name, write in writers.items():
+                temporary = self.path / f".{os.getpid()}.{name}"
+                try:
+                    write(temporary)
+                    temporary.replace(self.path / name)  # a full disk costs nothing that is there
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     @property
     def checkpoints_path(self) -> Path:

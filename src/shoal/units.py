@@ -1,7 +1,7 @@
 """Numbers with units, as people write them and as people read them.
 
-    Duration.parse("2 epochs").steps(steps_per_epoch=12)   # 24
-    format_bytes(1288490188)                               # '1.2 GiB'
+Duration.parse("2 epochs").steps(steps_per_epoch=12)   # 24
+format_bytes(1288490188)                               # '1.2 GiB'
 """
 
 import re

@@ -197,7 +197,7 @@ class Watched:
 
     def agree(self, replica: Any) -> None:
         self._agreement.agree(replica)
-        self.gradients = gradients(replica.model)
+        self.gradients = {n: g.clone() for n, g in gradients(replica.model).items()}
 
 
 def trace_job(groups: Any, case: Case) -> Trace:

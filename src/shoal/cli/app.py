@@ -1,11 +1,16 @@
 """`shoal`: the verbs together, and what happens to an error."""
 
+import signal
 import sys
+from typing import Any
 
 import typer
 
 from shoal.cli import train, verify
 from shoal.version import __version__
+
+# typer exports only the child of what its parser raises, whose home differs between its versions.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="shoal",
@@ -42,4 +47,15 @@ def main() -> None:
     # A recipe's own components are found as they are by `python script.py` in this folder.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    app()
+    try:
+        status = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        error.show()
+        if "--json" in sys.argv:
+            from shoal.cli.shared import print_document
+
+            print_document({"error": {"kind": "UsageError", "message": error.format_message()}})
+        status = 2
+    except (typer.Abort, KeyboardInterrupt):  # before there was anything to stop
+        status = 128 + signal.SIGINT
+    sys.exit(status)

@@ -6,9 +6,12 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from shoal.errors import ShoalError
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -28,6 +31,27 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
+def output_kept() -> Iterator[None]:
+    """Send to standard error what is printed in this block, by whomever: user code, C, children.
+
+    Standard output belongs to the one document, which is printed afterwards.
+    """
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed: there is nothing to keep
+        yield
+        return
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def errors_shown(debug: bool, *, as_json: bool) -> Iterator[None]:
     """Show a `ShoalError` on one screen, and leave with its exit status.
 
@@ -38,32 +62,47 @@ def errors_shown(debug: bool, *, as_json: bool) -> Iterator[None]:
     try:
         yield
     except ShoalError as error:
-        leave(error, debug, document={"error": error.to_json()} if as_json else None)
+        leave(error, error.exit_status, debug, {"error": _told(error, debug)}, as_json=as_json)
 
 
-def leave(error: Exception, debug: bool, document: dict[str, Any] | None = None) -> NoReturn:
-    """Print the error (and the document), and leave with the error's exit status."""
-    from shoal import env, report
-    from shoal.errors import PeerLost, ShoalError
+def _told(error: "ShoalError", debug: bool) -> dict[str, Any]:
+    said = error.to_json()
+    return said if debug else {key: each for key, each in said.items() if key != "traceback"}
 
-    assert isinstance(error, ShoalError)
+
+def leave(
+    error: "ShoalError", status: int, debug: bool, document: dict[str, Any], *, as_json: bool
+) -> NoReturn:
+    """Show the error and where the run is, print the document if asked, and leave with `status`.
+
+    Under torchrun each rank is a process of its own: the one concerned shows the error, and rank 0
+    has the document.
+    """
+    from shoal import env
+    from shoal.errors import PeerLost
+
     world = env.torchrun_world_or_none()
-    if world is not None:
-        _leave_joined(error, world.rank, isinstance(error, PeerLost))
-    report.show_error(error, sys.stderr, debug)
-    if document is not None:
-        if not debug and "error" in document:
-            document["error"].pop("traceback", None)
+    first = world is None or world.rank == 0
+    concerned = world is None or error.rank == world.rank
+    if world is not None and error.rank is None:
+        # Found before the ranks met: on a host by all of its ranks alike.
+        concerned = world.local_rank == 0
+    if concerned and not isinstance(error, PeerLost):
+        _show(error, debug, document if first else {})
+    if as_json and first:
         print_document(document)
     if world is not None:
         # No destructors: a process group may wait for ranks that will never answer.
         sys.stderr.flush()
-        os._exit(error.exit_status)
-    raise typer.Exit(error.exit_status)
+        os._exit(status)
+    raise typer.Exit(status)
 
 
-def _leave_joined(error: Any, rank: int, secondary: bool) -> None:
-    """Under torchrun each rank is a process of its own: only the one concerned speaks."""
-    told_by = 0 if error.rank is None else error.rank
-    if secondary or told_by != rank:
-        os._exit(error.exit_status)
+def _show(error: "ShoalError", debug: bool, document: dict[str, Any]) -> None:
+    from shoal import report
+
+    report.show_error(error, sys.stderr, debug)
+    if "run" in document:
+        # The first line says what the error has said.
+        lines = report.summary_lines({**document, "reason": None}).splitlines()[1:]
+        sys.stderr.write("".join(f"{line}\n" for line in lines))

@@ -1,5 +1,6 @@
 """`shoal train RECIPE`: train, show progress, write the run folder."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -37,23 +38,20 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Train a recipe on the devices of this machine (or as a rank of torchrun or Slurm)."""
-    from shoal.cli.shared import errors_shown, print_document
+    from shoal.cli.shared import errors_shown, leave, output_kept, print_document
 
-    with errors_shown(debug, as_json=as_json):
+    with errors_shown(debug, as_json=as_json), output_kept():
+        from shoal import report
         from shoal.recipe import load_recipe
         from shoal.train import Options, train_with
 
         loaded = load_recipe(recipe, tuple(changes or ()))
         options = Options(out, resume, max_restarts, verbose)
-        run = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options)
-        if run is None:  # not rank 0: the summary is rank 0's to print
-            return
-        summary = run.summary
+        ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options)
+    if ended.error is not None:
+        leave(ended.error, ended.exit_status, debug, ended.document, as_json=as_json)
+    if ended.tells:
+        sys.stderr.write(report.summary_lines(ended.document) + "\n")
         if as_json:
-            print_document(summary)
-        else:
-            from shoal import report
-
-            typer.echo(report.summary_lines(summary), err=True)
-    if summary["state"] == "stopped":
-        raise typer.Exit(75)
+            print_document(ended.document)
+    raise typer.Exit(ended.exit_status)

@@ -36,7 +36,10 @@ class Job:
         return local_batch(work.feed, step, self.groups.data.rank, self.replica, last)
 
     def set_learning_rate(self, step: int) -> float:
-        """Set the rate of `step` from the share of samples seen by its middle; returns the first group's."""
+        """Set the rate of `step` from the share of samples seen by its middle.
+
+        Returns the first parameter group's.
+        """
         # The middle of the step: a warm-up's first step and a cosine's last would else be wasted.
         work = self.workload
         seen = work.samples_before(step) + work.feed.batch_examples(step) / 2

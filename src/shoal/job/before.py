@@ -1,4 +1,4 @@
-"""What can be known to fail before any rank starts: missing data, labels, the user's own modules."""
+"""What can be known to fail before any rank starts: missing data, labels, the user's modules."""
 
 import importlib.util
 

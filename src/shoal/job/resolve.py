@@ -1,15 +1,18 @@
 """What is to run, decided and checked before any rank starts. No torch is imported here.
 
-    resolved = resolve(recipe, "auto", Cluster.local())
-    resolved.strategy      # dp2
-    resolved.reasons       # ("dp2: 2 cores, one single-thread rank each", …)
+resolved = resolve(recipe, "auto", Cluster.local())
+resolved.strategy      # dp2
+resolved.reasons       # ("dp2: 2 cores, one single-thread rank each", …)
 """
 
 import dataclasses
 import importlib.util
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 from shoal.cluster import Cluster
+from shoal.env import World
 from shoal.errors import Refused, WorldError
 from shoal.recipe import Recipe
 from shoal.strategy import Strategy
@@ -29,64 +32,89 @@ class Resolved:
 
 
 def resolve(
-    recipe: Recipe, strategy: str | Strategy, cluster: Cluster, *, world_size: int | None = None
+    recipe: Recipe, strategy: str | Strategy, cluster: Cluster, *, world: World | None = None
 ) -> Resolved:
     """Settle the strategy of a run.
 
-    ``world_size``: the ranks that torchrun or Slurm has started, if it has. Raises `StrategyError`,
+    ``world``: the ranks that torchrun or Slurm has started, if it has. Raises `StrategyError`,
     `Refused` or `WorldError`.
     """
     chosen = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-    reasons: list[str] = []
+    gpus, reasons = _usable_gpus(cluster)
     if chosen.is_auto:
-        chosen, reason = _choose(chosen, recipe, cluster, world_size)
+        chosen, reason = _choose(chosen, recipe, cluster.cores, gpus, world)
         reasons.append(reason)
     chosen, reason = _with_precision(chosen, recipe)
     reasons.append(reason)
     chosen.check_runnable(recipe.batch_size)
-    ranks = chosen.world_size
-    if world_size is not None and world_size != ranks:
+    if world is not None:
+        _require_world(world, chosen)
+    ranks = chosen.world_size if world is None else world.local_world_size
+    device = "cuda" if 0 < ranks <= gpus else "cpu"
+    if device == "cpu" and gpus:
+        reasons.append(f"ranks run on the CPU: there are {ranks} here, and {_gpus(gpus)}")
+    return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons))
+
+
+def _require_world(world: World, strategy: Strategy) -> None:
+    ranks, started = strategy.world_size, world.world_size
+    if started != ranks:
+        size = "SLURM_NTASKS" if world.launcher == "slurm" else "WORLD_SIZE"
         raise WorldError(
-            f"strategy {chosen} needs {ranks} rank{'s' * (ranks > 1)}, "
-            f"and WORLD_SIZE says that {world_size} were started",
-            hint=f"Start {ranks}, or choose a strategy of {world_size} ranks (dp{world_size}).",
+            f"strategy {strategy} needs {ranks} rank{'s' * (ranks > 1)}, "
+            f"and {size} says that {started} were started",
+            hint=f"Start {ranks}, or choose a strategy of {started} ranks (dp{started}).",
         )
-    return Resolved(
-        chosen, _device(cluster, ranks), max(1, cluster.cores // ranks), tuple(reasons)
-    )
 
 
-def _device(cluster: Cluster, ranks: int) -> str:
-    # The GPU build of torch has to be there too; asking the spec keeps torch unimported.
-    enough = 0 < ranks <= len(cluster.cuda_devices)
-    return "cuda" if enough and importlib.util.find_spec("torch") is not None else "cpu"
+def _usable_gpus(cluster: Cluster) -> tuple[int, list[str]]:
+    """How many GPUs ranks may run on here, and why not on those that there are."""
+    found = len(cluster.cuda_devices)
+    if not found or _torch_has_cuda():
+        return found, []
+    reason = f"ranks run on the CPU: there {'is' if found == 1 else 'are'} {_gpus(found)}, and "
+    return 0, [reason + "this torch is built without CUDA (install one that is, to use them)"]
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch is built for CUDA or ROCm; asked of its file, not by import."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    except OSError:
+        return False
+    return bool(values.get("cuda") or values.get("hip"))
 
 
 def _choose(
-    auto: Strategy, recipe: Recipe, cluster: Cluster, world_size: int | None
+    auto: Strategy, recipe: Recipe, cores: int, gpus: int, world: World | None
 ) -> tuple[Strategy, str]:
     """A simple rule until there is a planner: a rank a device, while shares stay worth it."""
-    if world_size is not None:
-        ranks, reason = world_size, f"{world_size} ranks were started"
-    elif cluster.cuda_devices:
-        ranks = max(1, min(len(cluster.cuda_devices), recipe.batch_size))
-        reason = f"one rank on each of {ranks} GPUs"
+    if world is not None:
+        ranks, reason = world.world_size, f"{world.world_size} ranks were started"
+    elif gpus:
+        ranks = max(1, min(gpus, recipe.batch_size))
+        reason = f"one rank on each of {_gpus(ranks)}"
     else:
-        most = max(1, recipe.batch_size // MIN_SHARE)
-        ranks = min(cluster.cores, most, MAX_AUTO_RANKS)
+        ranks = min(cores, max(1, recipe.batch_size // MIN_SHARE), MAX_AUTO_RANKS)
         reason = (
-            f"{cluster.cores} cores, batch {recipe.batch_size}: "
+            f"{cores} core{'s' * (cores > 1)}, batch {recipe.batch_size}: "
             f"at least {MIN_SHARE} examples a rank and step"
         )
-    strategy = dataclasses.replace(Strategy.parse(f"dp{ranks}"), **_execution(auto))
+    strategy = dataclasses.replace(
+        Strategy.parse(f"dp{ranks}"),
+        bf16=auto.bf16,
+        compile=auto.compile,
+        channels_last=auto.channels_last,
+        recompute=auto.recompute,
+    )
     return strategy, f"auto chose {strategy}: {reason}"
-
-
-def _execution(strategy: Strategy) -> dict[str, object]:
-    return {
-        name: getattr(strategy, name)
-        for name in ("bf16", "compile", "channels_last", "recompute")
-    }
 
 
 def _with_precision(strategy: Strategy, recipe: Recipe) -> tuple[Strategy, str]:

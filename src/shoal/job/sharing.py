@@ -1,7 +1,9 @@
 """Who reads which positions of a global batch.
 
-    shares(50, 3) == ((0, 17), (17, 34), (34, 50))
+shares(50, 3) == ((0, 17), (17, 34), (34, 50))
 """
+
+import itertools
 
 from shoal.parallel import Share
 
@@ -15,7 +17,7 @@ def shares(examples: int, ranks: int) -> tuple[tuple[int, int], ...]:
     cuts = [0]
     for rank in range(ranks):
         cuts.append(cuts[-1] + each + (rank < more))
-    return tuple(zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(itertools.pairwise(cuts))
 
 
 def share_of(examples: int, ranks: int) -> Share:

@@ -1,4 +1,4 @@
-"""`Workload`: what is computed, as live functions; from a recipe, or from a user's own functions."""
+"""`Workload`: what is computed, as live functions; of a recipe, or of a user's own functions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

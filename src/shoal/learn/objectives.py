@@ -11,7 +11,7 @@ tensor without gradient. A batch of no rows gives a sum of 0 that still has a (z
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -182,7 +182,7 @@ def need_targets(targets: object, who: str) -> Tensor:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a value made of lists, tuples and mappings, in order."""
+    """Every tensor in a value made of lists, tuples, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -191,6 +191,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from tensors(part)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from tensors(getattr(value, part.name))
 
 
 def _rows(targets: Any, name: str) -> int:

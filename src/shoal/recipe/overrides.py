@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from shoal.errors import Problem, RecipeError
 from shoal.recipe.components import SIGNATURES
-from shoal.yaml_source import YamlDocument, _Loader
+from shoal.yaml_source import YamlDocument, loads
 
 _SOURCES = (("data", "train"), ("data", "evaluate"))
 _LENGTHS = {"epochs": "steps", "steps": "epochs"}
@@ -45,8 +43,8 @@ def parse(text: str) -> Override:
         message = "must be KEY=VALUE, as in optimizer.lr=0.05 or checkpoint.every='5 steps'"
         raise RecipeError([Problem("", message, f"--set {text}")])
     try:
-        return Override(path, _Loader(value).get_single_data(), text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return Override(path, loads(value), text)
+    except ValueError:
         message = f"is not YAML: {value!r}; put text with signs of YAML's own in quotes"
         raise RecipeError([Problem(".".join(path), message, f"--set {text}")]) from None
 

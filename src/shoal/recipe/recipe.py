@@ -11,7 +11,6 @@ All mistakes are reported at once, in one RecipeError.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -49,18 +48,7 @@ def _read_duration(value: Any) -> Duration:
     return Duration.parse(value)
 
 
-def duration_text(duration: Duration) -> str:
-    """`5 steps`, `600s`: every digit, where `str` rounds to what people want to see."""
-    number = format(Decimal(repr(duration.value)), "f")
-    number = number.rstrip("0").rstrip(".") if "." in number else number
-    if duration.unit == "seconds":
-        return f"{number}s"
-    return f"{number} {duration.unit.removesuffix('s') if number == '1' else duration.unit}"
-
-
-Length = Annotated[
-    Duration, PlainValidator(_read_duration), PlainSerializer(duration_text, return_type=str)
-]
+Length = Annotated[Duration, PlainValidator(_read_duration), PlainSerializer(str, return_type=str)]
 
 
 class _Part(BaseModel):

@@ -9,6 +9,7 @@
 Messages are read leniently: an unknown kind is nothing, a missing key is left out of the text.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -88,8 +89,9 @@ class PlainView:
         else:
             line = line_of(message, verbose=self._verbose)
         if line:
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
+            with contextlib.suppress(OSError):  # nobody reads any more: the run goes on
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
 
     def _due(self, step: float) -> bool:
         """Whether a step's line is due: the first, then after 5 s and a tenth of the steps."""
@@ -112,7 +114,8 @@ class PlainView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class TerminalView:

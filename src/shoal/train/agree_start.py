@@ -1,7 +1,7 @@
 """Before step 1 the ranks compare what they start from; a difference ends the run, by name."""
 
-import platform
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,32 +10,46 @@ from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.errors import NotFinite, RanksDiffer
-from shoal.version import __version__
-
-
-def versions() -> dict[str, str]:
-    """What computes: versions of Shoal, torch and Python."""
-    return {
-        "shoal": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 def compare(group: Group, items: Mapping[str, Any]) -> None:
-    """Raise `RanksDiffer` on every rank if `items` differ anywhere, naming rank and item."""
-    everywhere = group.all_gather_json(dict(items), "start-up")
-    first = everywhere[0]
-    for rank, other in enumerate(everywhere):
-        for name in {**first, **other}:
-            if first.get(name) != other.get(name):
-                raise RanksDiffer(
-                    f"{name} differs: rank 0 has {first.get(name)!r}, "
-                    f"rank {rank} has {other.get(name)!r}",
-                    hint="All ranks need the same program, recipe, strategy and data.",
-                    rank=rank,
-                    phase="start-up",
-                )
+    """Raise `RanksDiffer` on every rank if `items` differ anywhere, naming rank and item.
+
+    An item that is a mapping travels as a digest; where it differs, its first such key is named.
+    """
+    short = {name: _short(value) for name, value in items.items()}
+    everywhere = group.all_gather_json(short, "start-up")
+    for rank, theirs in enumerate(everywhere):
+        for name in {**everywhere[0], **theirs}:
+            ours, other = everywhere[0].get(name), theirs.get(name)
+            if ours == other:
+                continue
+            if isinstance(items.get(name), Mapping):
+                tables = group.all_gather_json(dict(items[name]), "start-up")
+                key, ours, other = _first_difference(tables[0], tables[rank])
+                name = f"{name}: {key}"
+            raise RanksDiffer(
+                f"{name} differs: rank 0 has {_said(ours)}, rank {rank} has {_said(other)}",
+                hint="All ranks need the same program, recipe, strategy and data.",
+                rank=rank,
+                phase="start-up",
+            )
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    keys = dict.fromkeys([*ours, *theirs])
+    key = next(key for key in keys if ours.get(key) != theirs.get(key))
+    return key, ours.get(key), theirs.get(key)
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def digest(tensor: Tensor) -> str:
@@ -50,22 +64,30 @@ def model_digests(model: nn.Module) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
-def describe_parameters(model: nn.Module) -> str:
-    """A digest of names, shapes and types of all parameters and buffers."""
-    text = "\n".join(
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()
+def describe_parameters(model: nn.Module) -> dict[str, str]:
+    """Shape and type of each parameter and buffer, by qualified name."""
+    return {
+        name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def not_finite(model: nn.Module) -> frozenset[str]:
+    """The names of parameters and buffers that hold NaN or infinity."""
+    return frozenset(
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
     )
-    return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def require_finite(model: nn.Module, step: int) -> None:
-    """Raise `NotFinite` if a parameter or buffer is not: such a checkpoint is of no use."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NotFinite(
-                f"{name} holds values that are not finite",
-                hint="This checkpoint is not written; earlier ones are good. Try a smaller "
-                "optimizer.lr, or optimizer.clip_norm.",
-                step=step,
-                phase="checkpoint",
-            )
+def require_finite(model: nn.Module, step: int, never: Collection[str] = ()) -> None:
+    """Raise `NotFinite` if a tensor is not, and is not among those that ``never`` were."""
+    for name in sorted(not_finite(model) - set(never)):
+        raise NotFinite(
+            f"{name} holds values that are not finite",
+            hint="This checkpoint is not written; earlier ones are good. Try a smaller "
+            "optimizer.lr, or optimizer.clip_norm.",
+            step=step,
+            phase="checkpoint",
+        )

@@ -10,35 +10,30 @@ from shoal.units import Duration
 class Every:
     """Due at multiples of a number of steps; or, for a duration in seconds, by the clock.
 
-    Clocks differ between ranks, so rank 0's word goes into the step's shared flags, and all ranks
-    act on that.
+    Clocks differ between ranks: ``seconds`` is rank 0's, which travels with each step.
     """
 
     duration: Duration
     steps_per_epoch: int
-    _last: float = field(default_factory=time.monotonic)
+    last_seconds: float = 0.0
 
-    def clock_says(self) -> bool:
-        """Whether this rank's clock says that it is due (never, for steps and epochs)."""
-        return self.duration.unit == "seconds" and (
-            time.monotonic() - self._last >= self.duration.value
-        )
-
-    def due(self, steps_done: int, shared_clock: float) -> bool:
-        """Whether it is due after `steps_done` steps; ``shared_clock`` > 0 if rank 0 said so."""
+    def due(self, steps_done: int, seconds: float) -> bool:
+        """Whether it is due after `steps_done` steps, `seconds` into the run."""
         steps = self.duration.steps(self.steps_per_epoch)
-        is_due = shared_clock > 0 if steps is None else steps_done % steps == 0
-        if is_due:
-            self._last = time.monotonic()
-        return is_due
+        if steps is not None:
+            return steps_done % steps == 0
+        if seconds - self.last_seconds < self.duration.value:
+            return False
+        self.last_seconds = seconds
+        return True
 
 
+@dataclass
 class Stopwatch:
     """Seconds by what they were spent on."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> float:
         """Book the time since the last lap under `name`; returns it."""

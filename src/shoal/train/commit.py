@@ -9,7 +9,7 @@ from shoal.comm import Group
 from shoal.job import Job
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.train.agree_start import require_finite
+from shoal.train.agree_start import not_finite, require_finite
 from shoal.train.stop import Convergence
 
 
@@ -37,15 +37,18 @@ class Committer:
         self._strategy = strategy
         self._send = send
         self._meeting = _Meeting(job.groups.world)
+        # An attention mask, say, may be a buffer with infinities from the start.
+        self._never_finite = not_finite(job.replica.model)
         self.last: SavedCheckpoint | None = None
 
-    def commit(self, step: int, convergence: Convergence, seconds: float) -> None:
-        """Save the state after `step` steps, then remove what need not be kept. Collective.
+    def commit(self, step: int, convergence: Convergence, state: dict[str, Any]) -> None:
+        """Save what there is after `step` steps, then remove what need not be kept. Collective.
 
-        Replicas whose weights differ are found here: the save compares every piece's checksum.
+        ``state`` is the loop's. Replicas whose weights differ are found here: the save compares
+        every piece's checksum. Raises `NotFinite`, and what `checkpoint.save` raises.
         """
-        require_finite(self._job.replica.model, step)
-        snapshot = self._snapshot(step, {**convergence.state(), "seconds": seconds})
+        require_finite(self._job.replica.model, step, self._never_finite)
+        snapshot = self._snapshot(step, state)
         self.last = save(self._run.checkpoints_path, snapshot, self._meeting)
         if self._meeting.rank == 0:
             best = [convergence.best_step] if convergence.best is not None else []

@@ -1,8 +1,8 @@
 """The document of a run, at any moment of it: every key of the contract, from the first on.
 
-    known(run, resolved)                        before anything has happened
-    {**known(…), **summary}                     at the end, with what the ranks say
-    so_far(run)                                 after a failure, from the lines of the log
+known(run, resolved)                        before anything has happened
+{**known(…), **summary}                     at the end, with what the ranks say
+so_far(run)                                 after a failure, from the lines of the log
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def so_far(run: Run) -> dict[str, Any]:
-    """Steps, samples, seconds, speed and metrics of the last logged lines; the newest checkpoint."""
+    """Steps, samples, time, speed and metrics of the last logged lines; the newest checkpoint."""
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError, ShoalError):  # the cause of the failure matters more
         for line in run.metrics():

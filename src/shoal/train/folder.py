@@ -25,6 +25,7 @@ class Options:
     resume: bool = False
     max_restarts: int = 0
     verbose: bool = False
+    tell_end: bool = False  # with a line among those of the progress
 
 
 def open_run(recipe: Recipe, options: Options) -> Run:
@@ -69,7 +70,7 @@ def _require_unfinished(run: Run) -> None:
     summary = run.summary
     if summary.get("state") == "done":
         raise RunFolderError(
-            f"{run.path} is done, after {summary.get('steps')} steps: nothing is left to go on with",
+            f"{run.path} is done after {summary.get('steps')} steps: there is nothing to go on with",
             hint="To train longer, start a new run without --resume, with more epochs or steps.",
         )
 
@@ -94,9 +95,17 @@ def finish(run: Run, resolved: Resolved, summary: dict[str, Any]) -> dict[str, A
 
 
 def failed(
-    run: Run, resolved: Resolved, error: ShoalError, start_message: dict[str, Any]
+    run: Run,
+    resolved: Resolved,
+    error: ShoalError,
+    start_message: dict[str, Any],
+    *,
+    logged: bool = False,
 ) -> dict[str, Any]:
-    """Write down a failure as far as that is possible; the run's document in any case."""
+    """Write down a failure as far as that is possible; the run's document in any case.
+
+    ``start_message``: what rank 0 said when it began; ``logged``: the event is written already.
+    """
     told = {key: value for key, value in error.to_json().items() if key != "traceback"}
     document = {
         **known(run, resolved),
@@ -108,7 +117,8 @@ def failed(
     }
     # What cannot be written must not hide why: the disk may be full.
     with contextlib.suppress(OSError, ShoalError):
-        run.log_event("fault", error.message, error.rank, error.step, error.phase)
+        if not logged:
+            run.log_event("fault", error.message, error.rank, error.step, error.phase)
     with contextlib.suppress(OSError, ShoalError):
         run.write_summary(document)
     return document

@@ -42,13 +42,15 @@ Show = Callable[[dict[str, Any]], None]
 class Ended:
     """How a run ended: its folder, the contract's document, and what went wrong if it did.
 
-    ``exit_status`` is the command's: 0, 3 (`error` says why), 75, or 128 + a second signal's number.
+    ``exit_status`` is the command's: 0, 3 (`error` says why), 75, or 128 + a second signal's
+    number. ``tells``: whether it is this process's part to tell of it; of joined ranks, rank 0's.
     """
 
     run: Run
     document: dict[str, Any]
     exit_status: int
     error: ShoalError | None = None
+    tells: bool = True
 
 
 def train(
@@ -61,10 +63,11 @@ def train(
     """Train `recipe`, split by `strategy`, on `cluster` (default: this machine).
 
     Returns the run, whose ``summary`` is the contract's document; its ``state`` is "done" or
-    "stopped". Raises a `ShoalError` for anything else; what was committed stays in the run's folder.
+    "stopped". Raises a `ShoalError` for anything else; what was committed stays in its folder.
     Under torchrun every rank returns the run, and rank 0 writes its summary.
     """
-    ended = train_with(recipe, strategy, cluster, Options(Path(out) if out else None, resume))
+    options = Options(Path(out) if out else None, resume, tell_end=True)
+    ended = train_with(recipe, strategy, cluster, options)
     if ended.exit_status > 128:
         raise SystemExit(ended.exit_status)
     if ended.error is not None:
@@ -77,7 +80,7 @@ def train_with(
 ) -> Ended:
     """:func:`train` with every option of the command line.
 
-    Raises a `ShoalError` for what is found before there is a run; later ones are in what it returns.
+    Raises a `ShoalError` for what is found before there is a run; what it returns has later ones.
     """
     world = env.torchrun_world()
     if world is not None:
@@ -131,7 +134,8 @@ class _Front:
         except SystemExit as second:  # a second signal: the ranks are gone
             return self._ended_at_once(int(str(second.code)))
         else:
-            self._show({"kind": "end", **document})
+            if self._options.tell_end:
+                self._show({"kind": "end", **document})
             ended = Ended(run, document, 75 if document["state"] == "stopped" else 0)
         self._warn(write_report(run))
         return ended

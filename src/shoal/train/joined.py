@@ -68,6 +68,7 @@ class _Part:
         self._cluster = cluster
         self._options = options
         self._run: Run | None = None
+        self._start_message: dict[str, Any] = {}
         self._began = time.time()
 
     def train(self, stack: contextlib.ExitStack) -> Ended:
@@ -76,9 +77,7 @@ class _Part:
         def open_folder() -> Path:
             run = open_run(self._recipe, self._options)
             stack.enter_context(run.lock())
-            start(
-                run, self._recipe, self._resolved, self._cluster, resume=self._options.resume
-            )
+            start(run, self._recipe, self._resolved, self._cluster, resume=self._options.resume)
             for reason in self._resolved.reasons:
                 self._context.send({"kind": "event", "event": "choice", "message": reason})
             return run.path
@@ -103,9 +102,10 @@ class _Part:
         assert self._run is not None  # it has a summary
         status = 75 if summary["state"] == "stopped" else 0
         if self._context.rank != 0:
-            return Ended(self._run, summary, status)
+            return Ended(self._run, summary, status, tells=False)
         document = finish(self._run, self._resolved, summary)
-        self._context.send({"kind": "end", **document})
+        if self._options.tell_end:
+            self._context.send({"kind": "end", **document})
         warning = write_report(self._run)
         if warning is not None:
             self._context.send({"kind": "event", "event": "warning", "message": warning})
@@ -118,16 +118,14 @@ class _Part:
         if self._context.rank != 0:
             if not isinstance(error, PeerLost):
                 with contextlib.suppress(OSError, ShoalError):
-                    self._run.log_event(
-                        "fault", error.message, error.rank, error.step, error.phase
-                    )
+                    self._run.log_event("fault", error.message, error.rank, error.step, error.phase)
             return Ended(self._run, {}, error.exit_status, error)
         cause = self._cause(self._run, error) if isinstance(error, PeerLost) else error
-        document = failed(self._run, self._resolved, cause, {})
+        # Whose own error it is, logs and tells it; where a rank left without a word, rank 0 does.
+        told_there = isinstance(error, PeerLost) and not isinstance(cause, RankLost)
+        document = failed(self._run, self._resolved, cause, self._start_message, logged=told_there)
         write_report(self._run)
-        # Whose own error it is, tells it; where a rank left without a word, rank 0 does.
-        told_here = not isinstance(error, PeerLost) or isinstance(cause, RankLost)
-        return Ended(self._run, document, 3, cause if told_here else error)
+        return Ended(self._run, document, cause.exit_status, error if told_there else cause)
 
     def _cause(self, run: Run, lost: PeerLost) -> ShoalError:
         """The first reason that another rank gives in the run folder, soon after it is lost."""

@@ -10,6 +10,7 @@ from shoal.job import Job
 from shoal.predict import evaluate
 from shoal.recipe import Recipe
 from shoal.run import Run
+from shoal.train.bad_examples import BadExamples
 from shoal.train.clock import Every, Stopwatch
 from shoal.train.commit import Committer
 from shoal.train.step import Flags, StepResult, train_step
@@ -26,7 +27,6 @@ class Outcome:
     state: str  # "done" or "stopped"
     reason: str
     steps: int
-    metrics: dict[str, float]
 
 
 class Loop:
@@ -39,27 +39,27 @@ class Loop:
         run: Run,
         strategy: str,
         send: Callable[[dict[str, Any]], None],
-        stop_requested: Callable[[], bool],
+        watch: Stopwatch,
     ) -> None:
         self.job = job
         self.recipe = recipe
         self.run = run
         self.is_first = job.groups.world.rank == 0
         self._send = send if self.is_first else _ignore
-        self._stop_requested = stop_requested
-        feed = job.workload.feed
         self.total = job.workload.total_steps
-        self.watch = Stopwatch()
-        self._evaluate_every = Every(recipe.evaluate.every, feed.steps_per_epoch)
-        self._checkpoint_every = Every(recipe.checkpoint.every, feed.steps_per_epoch)
+        self._steps_per_epoch = job.workload.feed.steps_per_epoch
+        self.watch = watch
+        self._evaluate_every = Every(recipe.evaluate.every, self._steps_per_epoch)
+        self._checkpoint_every = Every(recipe.checkpoint.every, self._steps_per_epoch)
         self.convergence = Convergence(recipe.stop.metric if recipe.stop else "loss")
         self.committer = Committer(job, recipe, run, strategy, self._send)
+        self.bad_examples = BadExamples(job.groups.world, run, self._send)
         self.metrics: dict[str, float] = {}
         self._log_every = max(1, math.ceil(self.total / LOGGED_STEPS))
         self._started = time.monotonic()
         self._shown = 0.0
-        self.bad_examples = 0
         self._since: tuple[float, float] = (0.0, 0.0)
+        self._reason: str | None = None  # why the run ends before all steps are done
 
     @property
     def elapsed(self) -> float:
@@ -67,59 +67,76 @@ class Loop:
         return time.monotonic() - self._started
 
     def resume(self, train: dict[str, Any]) -> None:
-        """Go on from a checkpoint's early-stop state and clock."""
+        """Go on from what :meth:`_state` has put into a checkpoint."""
+        seconds = float(train.get("seconds", 0.0))
+        self._started = time.monotonic() - seconds
+        self._evaluate_every.last_seconds = self._checkpoint_every.last_seconds = seconds
         self.convergence.restore(train)
-        self._started = time.monotonic() - float(train.get("seconds", 0.0))
+        self.metrics = dict(train.get("metrics", {}))
+        self.bad_examples.count = int(train.get("bad_examples", 0))
+        # A run that was killed after its last checkpoint has nothing left but its end.
+        self._reason = train.get("reason")
 
-    def run_to_end(self) -> Outcome:
+    def _state(self, seconds: float) -> dict[str, Any]:
+        """What a checkpoint holds of the loop: equal on all ranks."""
+        finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        return {
+            **self.convergence.state(),
+            "seconds": seconds,
+            "metrics": finite,
+            "bad_examples": self.bad_examples.count,
+            "reason": self._reason,
+        }
+
+    def run_to_end(self, stop_requested: Callable[[], bool]) -> Outcome:
         """Train from the job's next step on. Collective."""
-        step = self.job.next_step
+        step, stopping = self.job.next_step, False
         self.watch.lap("start_up")
-        stopping, reason = False, None
         # Asked to stop before the first step: the ranks agree in a step, so do that one.
-        while step < self.total and not stopping and reason is None:
-            result = train_step(self.job, step, self._flags())
+        while step < self.total and not stopping and self._reason is None:
+            result = train_step(self.job, step, self._flags(stop_requested()))
             step += 1
             self.watch.lap("step")
             stopping = result.flags.stop > 0
-            self.bad_examples += int(result.flags.bad_examples)
-            self._note(step, result)
-            last = step == self.total
-            best = False
-            if last or self._evaluate_every.due(step, result.flags.evaluation_due):
-                best = self._evaluate(step, result)
-                reason = self._converged(step)
-            ends = last or stopping or reason is not None
-            if self._checkpoint_every.due(step, result.flags.checkpoint_due) or best or ends:
-                self.committer.commit(step, self.convergence, self.elapsed)
-                self.watch.lap("checkpoint")
-        if stopping and step < self.total and reason is None:
-            return Outcome("stopped", "asked to stop by a signal", step, self.metrics)
-        return Outcome("done", reason or "all steps done", step, self.metrics)
+            self._after(step, result, stopping)
+        if stopping and step < self.total and self._reason is None:
+            return Outcome("stopped", "asked to stop by a signal", step)
+        return Outcome("done", self._reason or "all steps done", step)
 
-    def _flags(self) -> Flags:
-        return Flags(
-            stop=float(self._stop_requested()),
-            checkpoint_due=float(self.is_first and self._checkpoint_every.clock_says()),
-            evaluation_due=float(self.is_first and self._evaluate_every.clock_says()),
-        )
+    def _after(self, step: int, result: StepResult, stopping: bool) -> None:
+        """After `step` steps: log, evaluate and commit, as far as each is due."""
+        seconds, last = result.flags.seconds, step == self.total
+        self.bad_examples.trained(step, result)
+        self._note(step, result)
+        best = False
+        if last or self._evaluate_every.due(step, seconds):
+            best = self._evaluate(step, seconds, result)
+            self._reason = self.convergence.exhausted(
+                step, seconds, self.recipe.stop, self._steps_per_epoch
+            )
+        ends = last or stopping or self._reason is not None
+        if self._checkpoint_every.due(step, seconds) or best or ends:
+            self.committer.commit(step, self.convergence, self._state(seconds))
+            self.watch.lap("checkpoint")
 
-    def _converged(self, step: int) -> str | None:
-        per_epoch = self.job.workload.feed.steps_per_epoch
-        return self.convergence.exhausted(step, self.recipe.stop, per_epoch)
+    def _flags(self, stop: bool) -> Flags:
+        return Flags(stop=float(stop), seconds=self.elapsed if self.is_first else 0.0)
 
-    def _evaluate(self, step: int, result: StepResult) -> bool:
+    def _evaluate(self, step: int, seconds: float, result: StepResult) -> bool:
         """Evaluate after `step` steps; whether it is the best so far."""
-        # Without an evaluation set, what there is to judge by is the training loss.
-        self.metrics = evaluate(self.job) or {"loss": result.loss}
+        if self.job.workload.evaluation is None:
+            self.metrics = {"loss": result.loss}
+            return False
+        evaluation = evaluate(self.job)
+        self.metrics = evaluation.metrics
+        self.bad_examples.evaluated(step, evaluation.bad)
         self.watch.lap("evaluation")
+        place = self._place(step)
         if self.is_first:
-            self.run.log_metrics({**self._place(step), "evaluation": self.metrics})
-        epoch = self._place(step)["epoch"]
-        self._send(
-            {"kind": "evaluation", "step": step, "epoch": epoch, "metrics": self.metrics}
-        )
-        return self.convergence.observe(step, self.metrics)
+            self.run.log_metrics({**place, "evaluation": self.metrics})
+        epoch = place["epoch"]
+        self._send({"kind": "evaluation", "step": step, "epoch": epoch, "metrics": self.metrics})
+        return self.convergence.observe(step, seconds, self.metrics)
 
     def _place(self, step: int) -> dict[str, Any]:
         feed = self.job.workload.feed

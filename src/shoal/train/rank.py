@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_valid
 from shoal.comm import Groups, peer_failures
-from shoal.errors import CheckpointDamaged, DiskFull, RunFolderError, ShoalError
+from shoal.errors import CheckpointDamaged, DiskFull, RunError, RunFolderError, ShoalError
 from shoal.job import Execution, Job, assemble, workload_of
 from shoal.launch import Context
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
-from shoal.train.agree_start import compare, describe_parameters, model_digests, versions
+from shoal.train.agree_start import compare, describe_parameters, model_digests
+from shoal.train.clock import Stopwatch
+from shoal.train.document import versions
 from shoal.train.loop import Loop, Outcome
 from shoal.train.memory import PeakMemory
 
@@ -35,12 +36,17 @@ class Task:
 
 
 def train_on_rank(
-    context: Context, task: Task, open_folder: Callable[[], Path] | None = None
+    context: Context,
+    task: Task,
+    open_folder: Callable[[], Path] | None = None,
+    opened: Callable[[Run], None] = lambda _run: None,
 ) -> dict[str, Any]:
     """Train; returns this rank's part of the run's summary. Collective over the context's ranks.
 
-    ``open_folder``: how rank 0 opens the run's folder, where the task does not name it.
+    ``open_folder``: how rank 0 opens the run's folder, where the task does not name it; ``opened``
+    is told of it on every rank.
     """
+    watch = Stopwatch()
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     torch.set_num_threads(context.threads)
     device = _device(task.device, context.local_rank)
@@ -50,7 +56,9 @@ def train_on_rank(
     with disk_full_named(), peer_failures():
         compare(groups.world, _program(recipe, strategy))
         folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
-        summary = _train(context, task, groups, Run.open(folder))
+        run = Run.open(folder)
+        opened(run)
+        summary = _train(context, task, groups, run, watch)
     # Not after an error: the others may never answer.
     groups.close()
     return summary
@@ -76,7 +84,7 @@ def disk_full_named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(
             f"no space left to write {error.filename or 'into the run folder'}",
@@ -84,48 +92,57 @@ def disk_full_named() -> Iterator[None]:
         ) from error
 
 
-def _train(context: Context, task: Task, groups: Groups, run: Run) -> dict[str, Any]:
+def _train(
+    context: Context, task: Task, groups: Groups, run: Run, watch: Stopwatch
+) -> dict[str, Any]:
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     memory = PeakMemory(groups.device)
-    is_first = groups.world.rank == 0
     state = _find_state(groups, run, context.send) if task.resume else None
     job = assemble(groups, workload_of(recipe), Execution.of(strategy), state)
     compare(groups.world, _initial(job))
-    loop = Loop(
-        job, recipe, run, str(strategy), context.send, context.stop_requested.is_set
-    )
+    loop = Loop(job, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
-        if is_first:
-            discard_after(run.checkpoints_path, state.step)
-            run.cut_after(state.step)
-    if is_first:
-        context.send(_start_message(job, recipe, strategy))
-    outcome = loop.run_to_end()
+    if groups.world.rank == 0:
+        if task.resume:
+            # From the very beginning where there is no checkpoint yet.
+            discard_after(run.checkpoints_path, job.next_step)
+            run.cut_after(job.next_step)
+        context.send(_start_message(job, recipe, strategy, resumed=state is not None))
+    outcome = loop.run_to_end(context.stop_requested.is_set)
     return _summary(job, loop, outcome, memory, state)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
     if kind != "cuda":
         return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= found:
+        raise RunError(
+            f"local rank {local_rank} needs CUDA device {local_rank}, and torch sees {found}",
+            hint="Check CUDA_VISIBLE_DEVICES and the driver (`nvidia-smi`), or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to run on the CPU.",
+            phase="start-up",
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _program(recipe: Recipe, strategy: Strategy) -> dict[str, Any]:
     """What the ranks compare before they build anything."""
-    names = {f"version of {name}": value for name, value in versions().items()}
-    return {**names, "strategy": str(strategy), **recipe.fingerprint_items()}
+    items: dict[str, Any] = {f"version of {name}": each for name, each in versions().items()}
+    items["strategy"] = str(strategy)
+    return items | {f"recipe: {key}": each for key, each in recipe.fingerprint_items().items()}
 
 
 def _initial(job: Job) -> dict[str, Any]:
     """What they compare before step 1."""
-    weights = "".join(model_digests(job.replica.model).values())
+    evaluation = job.workload.evaluation
     return {
         "parameter names, shapes and types": describe_parameters(job.replica.model),
         "data": job.workload.feed.fingerprint,
-        "evaluation data": job.workload.evaluation and job.workload.evaluation.fingerprint,
-        "weights before the first step": xxhash.xxh3_128_hexdigest(weights.encode()),
+        "evaluation data": evaluation.fingerprint if evaluation is not None else None,
+        "weights before the first step": model_digests(job.replica.model),
         "first step": job.next_step,
     }
 
@@ -161,7 +178,9 @@ def _find_state(
     return Checkpoint.open(path)
 
 
-def _start_message(job: Job, recipe: Recipe, strategy: Strategy) -> dict[str, Any]:
+def _start_message(
+    job: Job, recipe: Recipe, strategy: Strategy, *, resumed: bool
+) -> dict[str, Any]:
     feed = job.workload.feed
     return {
         "kind": "start",
@@ -172,6 +191,7 @@ def _start_message(job: Job, recipe: Recipe, strategy: Strategy) -> dict[str, An
         "steps_per_epoch": feed.steps_per_epoch,
         "batch_size": recipe.batch_size,
         "first_step": job.next_step,
+        "resumed_from_step": job.next_step if resumed else None,
         "parameters": sum(p.numel() for p in job.replica.model.parameters()),
         "device": str(job.groups.device),
     }
@@ -187,6 +207,7 @@ def _summary(
     first = job.workload.samples_before(job.next_step)
     seconds = loop.watch.seconds
     saved = loop.committer.last
+    checkpoint = saved.path if saved is not None else state.path if state is not None else None
     return {
         "state": outcome.state,
         "reason": outcome.reason,
@@ -194,14 +215,14 @@ def _summary(
         "samples": trained,
         "seconds": round(loop.elapsed, 4),
         "samples_per_second": round((trained - first) / max(seconds.get("step", 0.0), 1e-9), 2),
-        "metrics": outcome.metrics,
+        "metrics": loop.metrics,
         "best": loop.convergence.state(),
-        "bad_examples": loop.bad_examples,
+        "bad_examples": loop.bad_examples.count,
         "peak_memory_bytes": [each["peak"] for each in everywhere],
         "comm_bytes": _by_rank([each["bytes"] for each in everywhere]),
         "timings": {name: round(value, 4) for name, value in seconds.items()},
         "versions": versions(),
-        "checkpoint": str(saved.path) if saved is not None else None,
+        "checkpoint": str(checkpoint) if checkpoint is not None else None,
         "resumed_from_step": state.step if state is not None else None,
     }
 

@@ -5,7 +5,9 @@ together: whether one was asked to stop, what rank 0's clock says, how many exam
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +19,36 @@ from shoal.job import Job
 
 @dataclass(frozen=True)
 class Flags:
-    """What a rank brings to the agreement of a step; summed, they are what all ranks see."""
+    """What a rank brings to the agreement of a step; summed, they are what all ranks see.
+
+    ``stop``: 1 where this rank was asked to. ``seconds``: rank 0's clock, 0 from all others.
+    """
 
     stop: float = 0.0
-    checkpoint_due: float = 0.0
-    evaluation_due: float = 0.0
+    seconds: float = 0.0
     bad_examples: float = 0.0
 
     def vector(self) -> Tensor:
-        return torch.tensor(
-            [self.stop, self.checkpoint_due, self.evaluation_due, self.bad_examples],
-            dtype=torch.float64,
-        )
+        """As float64, to be summed."""
+        return torch.tensor([self.stop, self.seconds, self.bad_examples], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was: the global batch's loss (a mean), its count, the rate, the shared flags."""
+    """What a step was: the global batch's loss (a mean), its count, the rate, the shared flags.
+
+    ``bad``: the examples that this rank could not read and has left out.
+    """
 
     loss: float
     count: float
     learning_rate: float
     flags: Flags
+    bad: Sequence[Any] = ()
 
 
 def train_step(job: Job, step: int, flags: Flags) -> StepResult:
-    """Do step `step` (0-based) on this rank. Collective; the result is equal on all ranks.
+    """Do step `step` (0-based) on this rank. Collective; all but ``bad`` is equal on all ranks.
 
     Raises `NotFinite` on every rank, naming the first rank whose loss was not a number.
     """
@@ -55,8 +61,8 @@ def train_step(job: Job, step: int, flags: Flags) -> StepResult:
 
 def _step(job: Job, step: int, flags: Flags) -> StepResult:
     batch, share = job.read(step)
-    bad = len(getattr(batch, "bad", ()))
-    flags = Flags(flags.stop, flags.checkpoint_due, flags.evaluation_due, float(bad))
+    bad = getattr(batch, "bad", ())
+    flags = Flags(flags.stop, flags.seconds, float(len(bad)))
     learning_rate = job.set_learning_rate(step)
 
     def agree(local: Tensor) -> Tensor:
@@ -69,13 +75,15 @@ def _step(job: Job, step: int, flags: Flags) -> StepResult:
     job.agreement.agree(job.replica)
     job.update()
     loss_sum, count, *shared = totals
-    return StepResult(loss_sum / count if count else 0.0, count, learning_rate, Flags(*shared))
+    loss = loss_sum / count if count else 0.0
+    return StepResult(loss, count, learning_rate, Flags(*shared), bad)
 
 
 def _refuse(local: Tensor, group: Group, step: int) -> None:
     """Name the first rank whose own sum of losses is not finite."""
     sums = group.all_gather(local[:1], "metric").flatten().tolist()
-    rank, value = next((r, v) for r, v in enumerate(sums) if not math.isfinite(v))
+    wrong = [(rank, value) for rank, value in enumerate(sums) if not math.isfinite(value)]
+    rank, value = wrong[0] if wrong else (None, math.inf)  # finite sums whose sum is not
     raise NotFinite(
         f"the loss is {value}",
         hint="Nothing of this step was kept, and checkpoints made before it are good. Common "

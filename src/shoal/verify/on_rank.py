@@ -17,7 +17,7 @@ from shoal.train.agree_start import compare as compare_start
 from shoal.train.agree_start import describe_parameters
 from shoal.verify.causes import likely_cause
 from shoal.verify.certificate import KINDS, Difference
-from shoal.verify.compare import Comparison, cause_between_ranks, share_reference
+from shoal.verify.compare import ORDER, Comparison, cause_between_ranks, share_reference
 from shoal.verify.feeds import FunctionFeed, VerifyingFeed
 from shoal.verify.observed import Observed
 from shoal.verify.record import Record
@@ -134,10 +134,14 @@ def _refuse_infinite(step: int, mine: Record, theirs: Record, group: Group) -> N
 
 
 def _first(group: Group, comparison: Comparison) -> Difference | None:
-    """The first difference on any rank: the earliest step, then the lowest rank."""
+    """The first difference on any rank: the earliest step, then what is computed first."""
     own = comparison.first.to_json() if comparison.first is not None else None
     found = [each for each in group.all_gather_json(own, "evaluation") if each is not None]
-    return Difference(**min(found, key=lambda each: each["step"])) if found else None
+    return Difference(**min(found, key=_when)) if found else None
+
+
+def _when(difference: dict[str, Any]) -> tuple[int, int]:
+    return difference["step"], ORDER.index(difference["kind"])
 
 
 def _findings(group: Group, comparison: Comparison, cause: str | None) -> dict[str, Any]:

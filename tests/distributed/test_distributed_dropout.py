@@ -1,0 +1,104 @@
+"""Dropout drops the same elements on one device and on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onedevice import (
+    Case,
+    assembled,
+    batches_of,
+    compare,
+    images,
+    trace_job,
+    train_split,
+)
+from shoal.comm import Groups
+
+TOLERANCE = 1e-10
+
+
+class Dropping(nn.Module):
+    """Every kind of dropout; one layer that is called twice; a block that can be recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.channels = nn.Conv2d(1, 6, 3, padding=1), nn.Dropout2d(0.3)
+        block = nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Dropout(0.4, inplace=True))
+        self.blocks = nn.Sequential(Twice(6, block), Twice(12, nn.Identity()))
+        self.shared, self.head = nn.Dropout(0.1), nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.channels(self.conv(images)).mean((2, 3))
+        return self.head(self.shared(self.blocks(self.shared(features))))
+
+
+class Twice(nn.Module):
+    """Drops before and after, with one layer."""
+
+    def __init__(self, width: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.drop, self.mix, self.inner = nn.Dropout(0.2), nn.Linear(width, width), inner
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.inner(self.drop(self.mix(self.drop(features))))
+
+
+def case(**options: Any) -> Case:
+    return Case(build=Dropping, batches=batches_of(*images(43), 20, 4), **options)
+
+
+def ones() -> Case:
+    """A model that shows its masks."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 3, 1), nn.Dropout(0.5), nn.Dropout2d(0.25), nn.Flatten())
+
+    inputs, targets = images(23, side=4)
+    return Case(build=build, batches=batches_of(torch.ones_like(inputs), targets, 23, 2))
+
+
+def _masks(groups: Groups, case: Case) -> list[list[list[bool]]]:
+    """For each step, the rows of this rank: which elements are not zero."""
+    from shoal.job import local_batch
+
+    job = assembled(groups, case)
+    found = []
+    for step in range(len(case.batches)):
+        batch, share = local_batch(job.workload.feed, step, groups.data.rank, job.replica, 0)
+        found.append((job.replica.forward(batch, step, share) != 0).tolist())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_same_elements_drop_on_any_number_of_ranks(pool: Any, ranks: int) -> None:
+    alone = _masks(Groups.alone(), ones())
+    assert alone[0] != alone[1]
+    split = pool.run(_masks, ones(), ranks=ranks)
+    for step, expected in enumerate(alone):
+        assert sum((rank[step] for rank in split), []) == expected
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_training_with_dropout(pool: Any, ranks: int, recompute: bool, tmp_path: Path) -> None:
+    if ranks == 1 and not recompute:
+        pytest.skip("that is the reference")
+    expected = trace_job(Groups.alone(), case())
+    ours = case(execution={"recompute": recompute})
+    errors = compare(expected, train_split(pool, ranks, ours, tmp_path))
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_dropout_does_drop() -> None:
+    """The reference above is Shoal's own: see that it is not the model without dropout."""
+    from onedevice import train_plainly
+
+    torch.manual_seed(0)
+    expected, found = train_plainly(case()), trace_job(Groups.alone(), case())
+    assert not torch.equal(expected["0/output/0"], found["0/output/0"])
+    zero = (found["0/gradient/conv.weight"].flatten(1) == 0).all(1)
+    assert not zero.any()
