@@ -107,8 +107,26 @@ def pool() -> Iterator[Pool]:
     ranks.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist one worker runs all tests of the pool, so that there is only one pool."""
-    for item in items:
-        if "pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+POOL_FOLDER = "tests/distributed/"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "pool" in getattr(item, "fixturenames", ()):
+        assert item.nodeid.startswith(POOL_FOLDER), f"tests of the pool live in {POOL_FOLDER}"
+        item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under xdist one worker runs all tests of the pool, so that there is only one pool.
+
+    By folder, as pytest 9.2 hides the marks from xdist 3.8 (its issue 1386), which then says
+    nothing and gives each worker some of the tests.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OnePool(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if nodeid.startswith(POOL_FOLDER) else nodeid
+
+    return OnePool(config, log) if config.getvalue("dist") == "loadgroup" else None

@@ -1,8 +1,3 @@
-"""The version of Shoal, read once from the installed package."""
+"""The version of Shoal; the package's metadata takes it from here."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("shoal")
-except PackageNotFoundError:  # a source tree on the path without an install
-    __version__ = "0.0.0+source"
+__version__ = "0.1.0"

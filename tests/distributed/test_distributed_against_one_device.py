@@ -1,6 +1,6 @@
 """Training split over 2, 3 and 4 ranks beside a plain loop on one device, in float64.
 
-50 examples on 3 ranks are 17 + 17 + 16, and the last batch of an epoch leaves a rank of 4 with none.
+50 examples on 3 ranks are 17 + 17 + 16; the last batch of an epoch leaves a rank of 4 with none.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from onedevice import (
     Case,
     adamw,
@@ -21,6 +19,8 @@ from onedevice import (
     train_plainly,
     train_split,
 )
+from torch import Tensor, nn
+
 from shoal.learn.objectives import CrossEntropy, UsersObjective
 from shoal.learn.optimizers import build_optimizer
 from shoal.models import ResNet, ResNetOptions, Transformer, TransformerOptions, mlp
@@ -196,12 +196,7 @@ CASES: dict[str, tuple[Callable[[], Case], tuple[int, ...]]] = {
     "unused parameters": (branches, (2, 3, 4)),
     "frozen parameters": (lambda: small(build=frozen_start), (3,)),
     "tied weights": (tied, (3,)),
-    "groups of 25, one or two on a rank": (
-        lambda: small(build=resnet(), normalize_over=25),
-        (2,),
-    ),
-    "groups of 10 across ranks": (lambda: small(build=resnet(), normalize_over=10), (3,)),
-    "groups of 16, the last a partial one": (
+    "statistics over 16, the last a partial group": (
         lambda: small(build=resnet(), normalize_over=16),
         (4,),
     ),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from onedevice import Case, assembled, batches_of, compare, images, train_plainly, train_split
 from torch import Tensor, nn
 
-from onedevice import Case, assembled, batches_of, compare, images, train_plainly, train_split
 from shoal.errors import Refused, RunError
 
 TOLERANCE = 1e-10
@@ -57,9 +57,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_are_the_whole_batchs(
-    pool: Any, name: str, ranks: int, tmp_path: Path
-) -> None:
+def test_statistics_are_the_whole_batchs(pool: Any, name: str, ranks: int, tmp_path: Path) -> None:
     case = CASES[name]()
     errors = compare(train_plainly(case), train_split(pool, ranks, case, tmp_path))
     assert max(errors.values()) <= TOLERANCE, errors
@@ -98,7 +96,8 @@ def test_evaluation_without_running_statistics(pool: Any) -> None:
     torch.manual_seed(case.seed)
     model = case.build().double().eval()
     expected = model(case.batches[0][0].double()).flatten()
-    found = sum(pool.run(_evaluate_without_running_statistics, case, ranks=3), [])
+    parts = pool.run(_evaluate_without_running_statistics, case, ranks=3)
+    found = [value for part in parts for value in part]
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected)
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from onedevice import (
     Case,
     assembled,
@@ -14,8 +12,11 @@ from onedevice import (
     compare,
     images,
     trace_job,
+    train_plainly,
     train_split,
 )
+from torch import Tensor, nn
+
 from shoal.comm import Groups
 
 TOLERANCE = 1e-10
@@ -27,7 +28,7 @@ class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.channels = nn.Conv2d(1, 6, 3, padding=1), nn.Dropout2d(0.3)
-        block = nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Dropout(0.4, inplace=True))
+        block = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Dropout(0.4, inplace=True))
         self.blocks = nn.Sequential(Twice(6, block), Twice(12, nn.Identity()))
         self.shared, self.head = nn.Dropout(0.1), nn.Linear(12, 5)
 
@@ -79,14 +80,13 @@ def test_the_same_elements_drop_on_any_number_of_ranks(pool: Any, ranks: int) ->
     assert alone[0] != alone[1]
     split = pool.run(_masks, ones(), ranks=ranks)
     for step, expected in enumerate(alone):
-        assert sum((rank[step] for rank in split), []) == expected
+        assert [row for rank in split for row in rank[step]] == expected
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("ranks", "recompute"), [(2, False), (3, False), (4, False), (1, True), (3, True)]
+)
 def test_training_with_dropout(pool: Any, ranks: int, recompute: bool, tmp_path: Path) -> None:
-    if ranks == 1 and not recompute:
-        pytest.skip("that is the reference")
     expected = trace_job(Groups.alone(), case())
     ours = case(execution={"recompute": recompute})
     errors = compare(expected, train_split(pool, ranks, ours, tmp_path))
@@ -95,9 +95,6 @@ def test_training_with_dropout(pool: Any, ranks: int, recompute: bool, tmp_path:
 
 def test_dropout_does_drop() -> None:
     """The reference above is Shoal's own: see that it is not the model without dropout."""
-    from onedevice import train_plainly
-
-    torch.manual_seed(0)
     expected, found = train_plainly(case()), trace_job(Groups.alone(), case())
     assert not torch.equal(expected["0/output/0"], found["0/output/0"])
     zero = (found["0/gradient/conv.weight"].flatten(1) == 0).all(1)

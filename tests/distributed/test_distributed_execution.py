@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from onedevice import Case, batches_of, compare, images, of_kind, train_plainly, train_split
 from torch import Tensor, nn
 
-from onedevice import Case, batches_of, compare, images, of_kind, train_plainly, train_split
 from shoal.models import ResNet, ResNetOptions
 
 TOLERANCE = 1e-10

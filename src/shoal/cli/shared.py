@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def print_document(document: dict[str, Any]) -> None:
     """The one document of `--json`, on standard output."""
+    if sys.stdout is None:  # it was closed before this process began
+        return
     sys.stdout.write(json.dumps(_plain(document), indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -36,12 +38,11 @@ def output_kept() -> Iterator[None]:
 
     Standard output belongs to the one document, which is printed afterwards.
     """
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # it is closed: there is nothing to keep
+    if sys.stdout is None:
         yield
         return
+    sys.stdout.flush()
+    kept = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
@@ -103,6 +104,7 @@ def _show(error: "ShoalError", debug: bool, document: dict[str, Any]) -> None:
 
     report.show_error(error, sys.stderr, debug)
     if "run" in document:
-        # The first line says what the error has said.
-        lines = report.summary_lines({**document, "reason": None}).splitlines()[1:]
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        # Result and speed come before the folder: the error stands in their place.
+        lines = report.summary_lines(document).splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith("run "))
+        sys.stderr.write("".join(f"{line}\n" for line in lines[first:]))

@@ -8,7 +8,7 @@ from shoal.errors import PeerLost
 
 # gloo and NCCL have no exception types of their own for this: their words are all there is.
 _SIGNS = re.compile(
-    r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|timed out|"
+    r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|timed out|pair closure|"
     r"socket (closed|timeout)|gloo/transport|ncclRemoteError|ncclSystemError|no route to host",
     re.IGNORECASE,
 )

@@ -1,14 +1,11 @@
 """What a function is told about the rank that it runs on."""
 
-import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.env import World
-from shoal.launch.signals import NUMBERS
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -30,31 +27,6 @@ class Context:
     threads: int
     send: Send
     stop_requested: threading.Event = field(default_factory=threading.Event)
-
-
-@contextlib.contextmanager
-def stop_signals_heard() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, in a rank that nobody hears them for.
-
-    After the first, a second ends the process as it would any: even inside a collective that
-    waits for ranks that are gone, where no handler of Python's runs.
-    """
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-
-    def stop(_number: int, _frame: object) -> None:
-        requested.set()
-        for number in NUMBERS:
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, stop) for number in NUMBERS}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def joined_context(

@@ -81,6 +81,43 @@ class StopSignals:
 
 
 @contextlib.contextmanager
+def stop_signals_heard() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, in a rank that nobody hears them for.
+
+    A second one leaves at once with 128 + its number. A thread listens, as a rank may wait in a
+    collective for ranks that are gone, where no handler of Python's runs.
+    """
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    thread = threading.Thread(target=_listen, args=(read_end, requested), daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in NUMBERS}
+    wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield requested
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write_end)
+        thread.join()
+
+
+def _listen(read_end: int, requested: threading.Event) -> None:
+    """Take the number of each signal as it comes, until the other end is closed."""
+    while number := os.read(read_end, 1):
+        if number[0] in NUMBERS:
+            if requested.is_set():
+                os._exit(128 + number[0])
+            requested.set()
+    os.close(read_end)
+
+
+@contextlib.contextmanager
 def held_back(number: int) -> Iterator[None]:
     """Processes started in this block get `number` only once they let it through themselves."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})

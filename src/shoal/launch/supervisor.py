@@ -57,8 +57,12 @@ class _Rank:
         return not self.open or self.process.poll() is not None
 
     def last_words(self) -> dict[str, Any] | None:
-        text = self.failure.read()
-        return json.loads(text) if text else None
+        """Why it ended, in its own words; None where it left without a word, or in the middle."""
+        try:
+            words: dict[str, Any] = json.loads(self.failure.read())
+        except ValueError:
+            return None
+        return words
 
 
 class Ranks:
@@ -267,7 +271,7 @@ def _lost(rank: _Rank) -> RankLost:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = (
-            "SIGKILL comes from the system when memory runs out (see `dmesg`), or from a person."
+            "The system does that when memory runs out (see `dmesg`), or somebody did it."
             if name == "SIGKILL"
             else None
         )

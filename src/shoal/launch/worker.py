@@ -39,12 +39,24 @@ def last_words(fd: int, rank: int, error: BaseException) -> None:
     from shoal.errors import PeerLost
     from shoal.launch.failure import described
 
+    told = described(error, rank).to_json()
     words = {
         "time": time.monotonic(),
         "secondary": isinstance(error, PeerLost),
-        "error": described(error, rank).to_json(),
+        "error": told,
     }
-    os.pwrite(fd, json.dumps(words).encode(), 0)
+    if not _write_whole(fd, words):
+        # A limit on the size of files holds for this one too.
+        words["error"] = {**told, "message": told["message"][:200], "hint": None, "traceback": None}
+        _write_whole(fd, words)
+
+
+def _write_whole(fd: int, words: dict[str, Any]) -> bool:
+    text = json.dumps(words).encode()
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        return os.pwrite(fd, text, 0) == len(text)
+    return False
 
 
 def run_task(

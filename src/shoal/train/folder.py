@@ -70,7 +70,7 @@ def _require_unfinished(run: Run) -> None:
     summary = run.summary
     if summary.get("state") == "done":
         raise RunFolderError(
-            f"{run.path} is done after {summary.get('steps')} steps: there is nothing to go on with",
+            f"{run.path} is done after {summary.get('steps')} steps: nothing is left to go on with",
             hint="To train longer, start a new run without --resume, with more epochs or steps.",
         )
 
@@ -143,5 +143,6 @@ def write_report(run: Run) -> str | None:
     try:
         report.write_run_report(run.path)
     except (OSError, ShoalError) as error:
-        return f"the report could not be written: {error}"
+        said = error.message if isinstance(error, ShoalError) else str(error)
+        return f"the report could not be written: {said}"
     return None

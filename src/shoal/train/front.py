@@ -85,9 +85,12 @@ def train_with(
     world = env.torchrun_world()
     if world is not None:
         with stop_signals_heard() as stop_requested:
-            from shoal.train.joined import train_joined
+            cluster = cluster or Cluster.local()
+            resolved = resolve(recipe, strategy, cluster, world=world)
+            check_before_start(recipe)
+            from shoal.train.joined import train_joined  # torch, once all else is in order
 
-            return train_joined(world, recipe, strategy, cluster, options, stop_requested)
+            return train_joined(world, recipe, resolved, cluster, options, stop_requested)
     with StopSignals() as signals:
         cluster = cluster or Cluster.local()
         resolved = resolve(recipe, strategy, cluster)

@@ -15,11 +15,10 @@ from shoal import report
 from shoal.cluster import Cluster
 from shoal.env import World
 from shoal.errors import PeerLost, RankLost, RunError, ShoalError
-from shoal.job import Resolved, check_before_start, resolve
+from shoal.job import Resolved
 from shoal.launch import Context, described, joined_context
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.strategy import Strategy
 from shoal.train.folder import Options, failed, finish, open_run, start, write_report
 from shoal.train.front import Ended
 from shoal.train.rank import Task, train_on_rank
@@ -30,8 +29,8 @@ LAST_WORDS_S = 2.0  # how long rank 0 waits for a lost rank's reason to appear i
 def train_joined(
     world: World,
     recipe: Recipe,
-    strategy: str | Strategy,
-    cluster: Cluster | None,
+    resolved: Resolved,
+    cluster: Cluster,
     options: Options,
     stop_requested: threading.Event,
 ) -> Ended:
@@ -39,9 +38,6 @@ def train_joined(
 
     Raises a `ShoalError` on each rank for what is found before there is a run.
     """
-    cluster = cluster or Cluster.local()
-    resolved = resolve(recipe, strategy, cluster, world=world)
-    check_before_start(recipe)
     with contextlib.ExitStack() as stack:
         show: Any = _silent
         if world.rank == 0:
@@ -75,7 +71,7 @@ class _Part:
         """Meet the others, then train; rank 0 opens the run's folder once they have met."""
 
         def open_folder() -> Path:
-            run = open_run(self._recipe, self._options)
+            run = self._run = open_run(self._recipe, self._options)
             stack.enter_context(run.lock())
             start(run, self._recipe, self._resolved, self._cluster, resume=self._options.resume)
             for reason in self._resolved.reasons:
@@ -96,7 +92,8 @@ class _Part:
         return self._ended(summary)
 
     def _opened(self, run: Run) -> None:
-        self._run = run
+        if self._run is None:  # rank 0 keeps the path as it was given
+            self._run = run
 
     def _ended(self, summary: dict[str, Any]) -> Ended:
         assert self._run is not None  # it has a summary

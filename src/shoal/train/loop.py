@@ -13,6 +13,7 @@ from shoal.run import Run
 from shoal.train.bad_examples import BadExamples
 from shoal.train.clock import Every, Stopwatch
 from shoal.train.commit import Committer
+from shoal.train.located import located
 from shoal.train.step import Flags, StepResult, train_step
 from shoal.train.stop import Convergence
 
@@ -98,7 +99,8 @@ class Loop:
             step += 1
             self.watch.lap("step")
             stopping = result.flags.stop > 0
-            self._after(step, result, stopping)
+            with located(self.job.groups.world.rank, step):
+                self._after(step, result, stopping)
         if stopping and step < self.total and self._reason is None:
             return Outcome("stopped", "asked to stop by a signal", step)
         return Outcome("done", self._reason or "all steps done", step)

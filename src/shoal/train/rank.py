@@ -1,8 +1,6 @@
 """One rank's part of a run: meet, compare, assemble, train, say how it went."""
 
-import contextlib
-import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ from typing import Any
 import torch
 
 from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_valid
-from shoal.comm import Groups, peer_failures
-from shoal.errors import CheckpointDamaged, DiskFull, RunError, RunFolderError, ShoalError
+from shoal.comm import Groups
+from shoal.errors import CheckpointDamaged, RunError, RunFolderError, ShoalError
 from shoal.job import Execution, Job, assemble, workload_of
 from shoal.launch import Context
 from shoal.recipe import Recipe
@@ -20,6 +18,7 @@ from shoal.strategy import Strategy
 from shoal.train.agree_start import compare, describe_parameters, model_digests
 from shoal.train.clock import Stopwatch
 from shoal.train.document import versions
+from shoal.train.located import located
 from shoal.train.loop import Loop, Outcome
 from shoal.train.memory import PeakMemory
 
@@ -53,7 +52,7 @@ def train_on_rank(
     groups = Groups.form(
         context.rank, context.world_size, context.store, context.generation, device
     )
-    with disk_full_named(), peer_failures():
+    with located(context.rank):
         compare(groups.world, _program(recipe, strategy))
         folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
         run = Run.open(folder)
@@ -76,20 +75,6 @@ def _shared_folder(groups: Groups, open_folder: Callable[[], Path] | None) -> Pa
     if "error" in said:
         raise ShoalError.from_json(said["error"])
     return Path(said["path"])
-
-
-@contextlib.contextmanager
-def disk_full_named() -> Iterator[None]:
-    """Say in plain words that a file of the run could not be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFull(
-            f"no space left to write {error.filename or 'into the run folder'}",
-            hint="Earlier checkpoints are untouched. Make space, then go on with --resume.",
-        ) from error
 
 
 def _train(

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm import Group, peer_failures
-from shoal.errors import NotFinite, ShoalError
+from shoal.comm import Group
+from shoal.errors import NotFinite
 from shoal.job import Job
+from shoal.train.located import located
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ def train_step(job: Job, step: int, flags: Flags) -> StepResult:
 
     Raises `NotFinite` on every rank, naming the first rank whose loss was not a number.
     """
-    try:
-        with peer_failures():
-            return _step(job, step, flags)
-    except ShoalError as error:
-        raise error.located(step=step) from error
+    with located(job.groups.world.rank, step):
+        return _step(job, step, flags)
 
 
 def _step(job: Job, step: int, flags: Flags) -> StepResult:

@@ -1,0 +1,103 @@
+"""The parts of the launcher that need no process: scratch files, signals, errors, contexts."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from shoal.env import World
+from shoal.errors import RunError, Stopped, UsageError
+from shoal.launch import Ranks, joined_context
+from shoal.launch.failure import described
+from shoal.launch.scratch import Scratch
+from shoal.launch.signals import StopSignals, end, wait
+from shoal.launch.supervisor import _pack
+
+
+def test_a_scratch_file_is_one_file_by_descriptor_and_by_path() -> None:
+    scratch = Scratch("test")
+    assert scratch.read() == b""
+    with open(scratch.path, "wb") as file:  # noqa: PTH123 (as a rank opens it)
+        file.write("Größe".encode())
+    assert scratch.read().decode() == "Größe"
+    scratch.close()
+    scratch.close()
+    assert scratch.fd == -1
+
+
+def test_what_cannot_be_carried_is_named() -> None:
+    lock = threading.Lock()
+    with pytest.raises(UsageError, match=r"cannot be carried to the ranks.*lock"):
+        _pack((lambda: lock,))
+
+
+def test_at_least_one_rank() -> None:
+    with pytest.raises(UsageError, match="at least 1 rank is needed, given 0"):
+        Ranks(0)
+
+
+def test_an_error_of_a_rank_says_whose_line_it_was() -> None:
+    try:
+        raise ValueError("of the user's")
+    except ValueError as error:
+        told = described(error, 3)
+    assert isinstance(told, RunError)
+    assert told.where == "rank 3"
+    assert "ValueError: of the user's" in told.message
+    assert "test_launch_parts.py" in str(told.hint)
+    assert "Traceback" in str(told.traceback)
+
+
+def test_a_shoal_error_keeps_the_rank_that_it_names() -> None:
+    assert described(RunError("lost", rank=1), 0).rank == 1
+
+
+@pytest.mark.parametrize(("agent", "kind"), [(True, "agent"), (False, "tcp")])
+def test_the_context_of_a_rank_that_was_started_elsewhere(agent: bool, kind: str) -> None:
+    world = World(
+        rank=5,
+        world_size=8,
+        local_rank=1,
+        local_world_size=4,
+        master_addr="10.0.0.1",
+        master_port=29500,
+        launcher="torchrun",
+        store_is_running=agent,
+        restart_count=2,
+    )
+    context = joined_context(world, 3, lambda _message: None, threading.Event())
+    assert (context.rank, context.world_size, context.local_rank) == (5, 8, 1)
+    assert context.store == f"{kind}:10.0.0.1:29500"
+    assert context.generation == "join-2"
+    assert context.threads == 3
+
+
+# ---- signals
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    heard: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals, signals.answered_by(heard.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        with pytest.raises(SystemExit) as second:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert second.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_heard_while_waiting_is_answered_later() -> None:
+    heard: list[int] = []
+    with StopSignals() as signals, signals.answered_by(wait):
+        os.kill(os.getpid(), signal.SIGINT)
+        with signals.answered_by(heard.append):
+            assert heard == [signal.SIGINT]
+
+
+def test_with_nothing_to_save_the_first_ends() -> None:
+    with StopSignals(), pytest.raises(Stopped, match="ended by SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGINT"):
+        end(signal.SIGINT)
