@@ -75,6 +75,9 @@ def _import_torch(_context: Context) -> None:
 def _strictly(context: Context, function: Callable[..., Any], *arguments: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # What torch's compiler says to itself: when imported, and at a break in a graph.
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         return function(context, *arguments)
 
 

@@ -124,6 +124,35 @@ def weight_decay_forgotten() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_rank_without_a_gradient() -> Iterator[None]:
+    """On rank 1 a parameter has no gradient, which the sum over ranks has left to it."""
+    from shoal.job import Job
+
+    right = Job.update
+
+    def update(self):
+        if self.groups.data.rank == 1:
+            next(iter(self.replica.model.parameters())).grad = None
+        return right(self)
+
+    with mock.patch.object(Job, "update", update):
+        yield
+
+
+@contextlib.contextmanager
+def not_a_number_on_one_rank() -> Iterator[None]:
+    right = EveryStep.share
+
+    def share(self, vector):
+        if self._group.rank == 1:
+            vector[0] = float("nan")
+        return right(self, vector)
+
+    with mock.patch.object(EveryStep, "share", share):
+        yield
+
+
+@contextlib.contextmanager
 def stale_weights_on_one_rank() -> Iterator[None]:
     from shoal.job import Job
 

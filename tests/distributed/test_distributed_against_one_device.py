@@ -124,6 +124,30 @@ def two_inputs() -> Case:
     return small(build=TwoInputs, batches=batches_of((inputs, more), targets, 50, 3))
 
 
+class NeedsRows(nn.Module):
+    """Cannot be called with no rows, as many models cannot; a rank may have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.lstm, self.head = (
+            nn.BatchNorm1d(256),
+            nn.LSTM(16, 8, batch_first=True),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.norm(images.view(len(images), -1)) + 0.0 * images.max()
+        return self.head(self.lstm(rows.view(-1, 16, 16))[0][:, -1])
+
+
+def needs_rows() -> Case:
+    def objective(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        assert len(targets)
+        return nn.functional.cross_entropy(outputs, targets, reduction="sum"), len(targets)
+
+    return small(build=NeedsRows, objective=UsersObjective("objective", objective))
+
+
 # ---- parameters that are not all used
 
 
@@ -193,6 +217,7 @@ CASES: dict[str, tuple[Callable[[], Case], tuple[int, ...]]] = {
     "outputs in a dict": (lambda: answering(lambda a, b: {"logits": a, "size": b}), (4,)),
     "outputs in a dataclass": (lambda: answering(Answer), (4,)),
     "two inputs": (two_inputs, (3,)),
+    "a model that needs rows": (needs_rows, (4,)),
     "unused parameters": (branches, (2, 3, 4)),
     "frozen parameters": (lambda: small(build=frozen_start), (3,)),
     "tied weights": (tied, (3,)),

@@ -27,11 +27,13 @@ class Norm(nn.Module):
         return self.head(normal.flatten(2).mean(2) if normal.dim() > 2 else normal)
 
 
-def over(shape: tuple[int, ...], norm: Callable[[], nn.Module], **options: Any) -> Case:
+def over(
+    shape: tuple[int, ...], norm: Callable[[], nn.Module], examples: int = 63, **options: Any
+) -> Case:
     generator = torch.Generator().manual_seed(2)
     # A mean far from zero: variances made of differences of squares would lose digits.
-    inputs = torch.randn(63, *shape, generator=generator) + 100.0
-    targets = torch.randint(0, 5, (63,), generator=generator)
+    inputs = torch.randn(examples, *shape, generator=generator) + 100.0
+    targets = torch.randint(0, 5, (examples,), generator=generator)
     batches = batches_of(inputs, targets, 30, 4)
     return Case(build=lambda: Norm(norm(), shape), batches=batches, **options)
 
@@ -49,6 +51,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "groups on one rank": lambda: over((4, 3, 2), lambda: nn.BatchNorm2d(4), normalize_over=15),
     "groups across ranks": lambda: over((4, 3, 2), lambda: nn.BatchNorm2d(4), normalize_over=7),
+    "one example left, on one rank": lambda: over((4, 3, 2), lambda: nn.BatchNorm2d(4), 61),
     "groups, cumulative": lambda: over(
         (4, 3), lambda: nn.BatchNorm1d(4, momentum=None), normalize_over=10
     ),

@@ -71,3 +71,26 @@ def test_bf16_is_autocast(pool: Any, tmp_path: Path) -> None:
             assert (gradient - reference).norm() <= 0.1 * reference.norm() + 1e-3, name
         kinds = {t.dtype for key, t in trace.items() if "/output/" not in key}
         assert kinds <= {torch.float32, torch.float64, torch.int64}  # float64: the loss
+
+
+class Normal(nn.Module):
+    """A norm across ranks, where the compiled graph breaks, and another layer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.norm(self.before(rows))))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_compiling_changes_nothing(pool: Any, ranks: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, targets = torch.randn(52, 8, generator=generator), torch.arange(52) % 5
+    case = Case(
+        build=Normal, batches=batches_of(rows, targets, 50, 4), execution={"compiled": True}
+    )
+    errors = compare(train_plainly(case), train_split(pool, ranks, case, tmp_path))
+    assert max(errors.values()) <= TOLERANCE, errors

@@ -19,8 +19,9 @@ from shoal.run import Run
 from shoal.strategy import Strategy
 from shoal.train.entry import run_on_rank
 
-STEPS = 8
-CELLS = [("resnet", 2), ("resnet", 3), ("resnet", 4), ("transformer", 3)]  # recipe, ranks
+STEPS = 6
+# Recipe and ranks. (Batch norm on 4 ranks costs seconds, and adds nothing to 3.)
+CELLS = [("resnet", 2), ("resnet", 3), ("group-norm", 4), ("transformer", 3)]
 
 
 def _stopping(context: Context, at: int | None, task: dict[str, Any]) -> Any:
@@ -50,7 +51,11 @@ TRANSFORMER = {
     "optimizer": {"name": "adamw", "lr": 0.01, "clip_norm": 1.0},
     "schedule": {"name": "cosine", "warmup": 0.2},
 }
-RECIPES = {"resnet": RESNET, "transformer": TRANSFORMER}
+RECIPES = {
+    "resnet": RESNET,
+    "group-norm": {**RESNET, "model": {**RESNET["model"], "norm": "group"}},
+    "transformer": TRANSFORMER,
+}
 
 
 def recipe(name: str) -> Recipe:
@@ -60,7 +65,7 @@ def recipe(name: str) -> Recipe:
         "steps": STEPS,
         "data": {"train": "digits:train", "evaluate": None},
         "objective": "cross_entropy",
-        "checkpoint": {"every": "3 steps", "keep": 9},
+        "checkpoint": {"every": "2 steps", "keep": 9},
     }
     return Recipe.from_dict(values | RECIPES[name])
 
@@ -103,8 +108,8 @@ def runs(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     whole = {cell: train(cell, f"whole-{cell[1]}") for cell in CELLS}
     for cell in CELLS:
-        train(cell, f"stopped-{cell[1]}", stop=3)
-    train(("resnet", 2), "moved", stop=3)
+        train(cell, f"stopped-{cell[1]}", stop=2)
+    train(("resnet", 2), "moved", stop=2)
     pool.close()
     resumed = {cell: train(cell, f"stopped-{cell[1]}", resume=True) for cell in CELLS}
     moved = train(("resnet", 3), "moved", resume=True)
@@ -128,7 +133,7 @@ def differing(left: Summary, right: Summary) -> list[str]:
 @pytest.mark.parametrize(("name", "ranks"), CELLS)
 def test_a_resumed_run_ends_in_the_same_bits(runs: Runs, name: str, ranks: int) -> None:
     resumed = runs.resumed[name, ranks]
-    assert 3 <= resumed["resumed_from_step"] < STEPS
+    assert 2 <= resumed["resumed_from_step"] < STEPS
     assert differing(resumed, runs.whole[name, ranks]) == []
 
 
@@ -152,7 +157,7 @@ def test_another_number_of_ranks_goes_on(runs: Runs) -> None:
 def test_gradient_bytes_are_four_a_parameter_and_step(runs: Runs, name: str, ranks: int) -> None:
     run = runs.whole[name, ranks]
     tensors = final(run)
-    state = "momentum_buffer" if name == "resnet" else "exp_avg"
+    state = "exp_avg" if name == "transformer" else "momentum_buffer"
     parameters = sum(t.numel() for key, t in tensors.items() if key.endswith("/" + state))
     sent = run["comm_bytes"]["all_reduce"]
     assert sent["gradient"] == [4 * parameters * STEPS] * ranks

@@ -88,6 +88,22 @@ def verify(pool, work, ranks, plant=contextlib.nullcontext):
     return pool.call(verify_on_rank, task, ranks=ranks)[0]
 
 
+def flat_token_loss(outputs, labels):
+    return functional.cross_entropy(
+        outputs, labels.flatten(), ignore_index=-100, reduction="sum"
+    ), (labels != -100).sum()
+
+
+class FlatTagger(Tagger):
+    """Gives ``[examples · tokens, classes]``: several rows for each example."""
+
+    def forward(self, tokens):
+        return super().forward(tokens)["logits"].flatten(0, 1)
+
+
+FLAT = Functions(FlatTagger, sentences, flat_token_loss, None, ADAMW)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("work", [CONV, TEXT], ids=["conv", "text"])
 def test_functions_hold(pool, work, ranks):
@@ -95,6 +111,10 @@ def test_functions_hold(pool, work, ranks):
     assert findings["first_difference"] is None
     assert all(error <= 1e-10 for error in findings["max_error"].values() if error is not None)
     assert findings["max_error"]["gradient"] is not None
+
+
+def test_outputs_with_several_rows_for_an_example_hold(pool):
+    assert verify(pool, FLAT, 3)["first_difference"] is None
 
 
 @pytest.mark.parametrize(
@@ -113,6 +133,8 @@ def test_recipes_hold(pool, ranks, changes):
     assert findings["first_difference"] is None, findings
 
 
+GROUPS = recipe(normalize_over=5)
+
 PLANTED = [
     (planted.gradients_not_summed, CONV, 2, "gradient", "not summed"),
     (planted.gradients_averaged, CONV, 3, "gradient", "averaged"),
@@ -122,12 +144,18 @@ PLANTED = [
     (planted.last_rows_dropped, CONV, 2, "output", "left out"),
     (planted.running_statistics_of_one_rank, CONV, 2, "buffer", "running statistics"),
     (planted.weight_decay_forgotten, CONV, 2, "parameter", "weight decay"),
+    (planted.one_rank_without_a_gradient, CONV, 2, "gradient", "rank 1"),
+    (planted.not_a_number_on_one_rank, CONV, 2, "loss", "no finite loss"),
+    (planted.mean_of_means, GROUPS, 3, "loss", "mean of means"),
+    (planted.last_rows_dropped, GROUPS, 3, "output", "left out"),
     (planted.stale_weights_on_one_rank, CONV, 2, "parameter", "rank 1"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("bug", "work", "ranks", "kind", "cause"), PLANTED, ids=[row[0].__name__ for row in PLANTED]
+    ("bug", "work", "ranks", "kind", "cause"),
+    PLANTED,
+    ids=[f"{row[0].__name__}-{row[2]}" for row in PLANTED],
 )
 def test_planted_bugs_are_found_and_named(pool, bug, work, ranks, kind, cause):
     findings = verify(pool, work, ranks, bug)

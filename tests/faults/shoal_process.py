@@ -1,13 +1,13 @@
 """Shoal as a user runs it: real processes, looked at from outside.
 
-    shoal = Shoal(folder)
-    done = shoal.run("train", "tiny.yaml", "--strategy", "dp2", "--out", "run")
-    done.status, done.document, done.errors
+shoal = Shoal(folder)
+done = shoal.run("train", "tiny.yaml", "--strategy", "dp2", "--out", "run")
+done.status, done.document, done.errors
 
-    running = shoal.start("train", …)
-    running.wait_for_step(3)
-    running.process.send_signal(signal.SIGTERM)
-    done = running.finish()
+running = shoal.start("train", …)
+running.wait_for_step(3)
+running.process.send_signal(signal.SIGTERM)
+done = running.finish()
 """
 
 import contextlib
@@ -24,25 +24,33 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 
-# An optimizer step takes so long that a test can act in the middle of a run.
-SLOW = """
+# Models that give a test the time to act in the middle of a run.
+SLOW = '''
+import pathlib
 import time
 import torch
 from torch import nn
 
 class Slow(nn.Module):
-    def __init__(self, seconds):
+    def __init__(self, seconds, hold_at=None):
         super().__init__()
         self.linear = nn.Linear(36, 3)
-        self.seconds = seconds
+        self.seconds, self.hold_at, self.calls = seconds, hold_at, 0
 
     def forward(self, x):
         time.sleep(self.seconds)
+        self.calls += 1
+        while self.calls == self.hold_at and pathlib.Path("hold").exists():
+            time.sleep(0.01)
         return self.linear(x.flatten(1))
 
 def build(seconds=0.05):
     return Slow(seconds)
-"""
+
+def held(at):
+    """Waits in its `at`-th step while there is a file `hold`."""
+    return Slow(0, at)
+'''
 RECIPE = """
 name: tiny
 batch_size: 12
@@ -181,7 +189,7 @@ class Shoal:
 
 def read(path):
     try:
-        return path.read_text()
+        return Path(path).read_text()
     except OSError:
         return ""
 
@@ -218,6 +226,4 @@ def weights(folder, step):
 
 def equal(left, right):
     """Whether two sets of tensors have the same names and bits."""
-    return left.keys() == right.keys() and all(
-        left[name].equal(right[name]) for name in left
-    )
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)

@@ -14,6 +14,11 @@ from shoal.launch import Ranks, StopSignals
 pytestmark = pytest.mark.timeout(60)
 
 
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch):
+    monkeypatch.setattr("shoal.launch.supervisor.GRACE_S", 1.0)
+
+
 def test_results_come_in_the_order_of_ranks_and_messages_on_the_way():
     heard = []
     base = 10
@@ -96,7 +101,7 @@ def test_a_rank_that_leaves_without_a_word(end, said):
 def test_a_rank_whose_child_lives_on_is_missed_all_the_same():
     def leave_a_child(context):
         if os.fork() == 0:
-            time.sleep(4)
+            time.sleep(5)
             os._exit(0)
         os._exit(7)
 
@@ -109,7 +114,7 @@ def test_a_rank_whose_child_lives_on_is_missed_all_the_same():
 def test_what_cannot_be_carried_is_named():
     lock = threading.Lock()
     with Ranks(1) as ranks:
-        with pytest.raises(UsageError, match="cannot be carried to the ranks.*lock"):
+        with pytest.raises(UsageError, match=r"cannot be carried to the ranks.*lock"):
             ranks.call(lambda context: lock.locked())
         assert ranks.call(lambda context: 1) == [1]
 
@@ -144,15 +149,14 @@ def once(act):
 
 
 def test_a_signal_that_came_before_the_ranks_reaches_them():
-    with StopSignals() as signals:
-        with signals.answered_by(lambda _number: None):
-            os.kill(os.getpid(), signal.SIGTERM)
-            with Ranks(2) as ranks:  # Python itself is starting there
-                asked = ranks.call(
-                    lambda context: context.stop_requested.wait(20),
-                    on_signal="pass on",
-                    signals=signals,
-                )
+    with StopSignals() as signals, signals.answered_by(lambda _number: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with Ranks(2) as ranks:  # Python itself is starting there
+            asked = ranks.call(
+                lambda context: context.stop_requested.wait(20),
+                on_signal="pass on",
+                signals=signals,
+            )
     assert asked == [True, True]
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from shoal_process import alive, gone_within
+from shoal_process import alive, gone_within, read
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,11 +28,13 @@ def rank():
 
 def open_files(process):
     """What a process has open, sockets and shared memory included."""
-    return {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+    return {str(link.readlink()) for link in Path(f"/proc/{process}/fd").iterdir()}
 
 
 def left_in(folder):
-    return {path.name for path in Path(folder).iterdir() if path.name.startswith(("shoal", "torch"))}
+    return {
+        path.name for path in Path(folder).iterdir() if path.name.startswith(("shoal", "torch"))
+    }
 
 
 def test_a_killed_rank_ends_the_run_in_few_words_and_leaves_nothing(shoal):
@@ -62,18 +64,19 @@ def test_a_killed_rank_ends_the_run_in_few_words_and_leaves_nothing(shoal):
 
 def test_no_rank_outlives_its_supervisor(shoal):
     running = shoal.start_training(*SLOW)
-    running.wait_for_step(2)
-    ranks = running.ranks()
-    assert len(ranks) == 2
+    ranks = running.wait_for_ranks(2)
+    running.wait_until(lambda: all("libtorch_cpu" in read(f"/proc/{r}/maps") for r in ranks))
     running.process.kill()
     assert gone_within(ranks, 3)
 
 
 def test_a_killed_rank_is_started_again_from_the_checkpoint(shoal):
-    options = ("--strategy", "dp2", "--set", "model=slow:build")
-    running = shoal.start_training(*options, "--max-restarts", "1")
+    (shoal.folder / "hold").touch()
+    model = "model={name: 'slow:held', at: 7}"
+    running = shoal.start_training("--strategy", "single", "--set", model, "--max-restarts", "1")
     running.wait_for_step(6)
     os.kill(running.ranks()[0], signal.SIGKILL)
+    (shoal.folder / "hold").unlink()
     done = running.finish()
     assert done.status == 0
     assert done.document["state"] == "done"

@@ -1,4 +1,4 @@
-"""Data, losses and disks that spoil a run after its start: named, status 3, what was saved is kept."""
+"""Data, losses and disks that spoil a run after its start: named, and what was saved is kept."""
 
 import os
 import resource
@@ -38,13 +38,13 @@ def test_a_corrupt_picture_is_named(photos):
 
 
 def test_a_corrupt_picture_is_skipped_counted_and_named_once(photos):
-    done = photos.train("--strategy", "dp2", *PICTURES, "--set", "data.on_bad_example=skip")
+    done = photos.train("--strategy", "single", *PICTURES, "--set", "data.on_bad_example=skip")
     assert done.status == 0
     assert done.document["bad_examples"] == 2  # once in each of the two epochs
     events = [each for each in photos.lines("events.jsonl") if each["event"] == "bad example"]
     assert len(events) == 1
     assert "photos/dog/05.jpg" in events[0]["message"]
-    assert events[0]["rank"] in (0, 1)
+    assert events[0]["rank"] == 0
     assert done.errors.count("05.jpg") == 1
 
 
@@ -78,14 +78,11 @@ def build():
     assert set(weights(shoal.folder / "run", 4)) >= {"linear.weight", "linear.bias"}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "cut"), [("single", "outputs.argmax(1).float()"), ("dp2", "outputs.detach()")]
-)
-def test_a_loss_without_a_gradient_is_refused_at_step_0(shoal, strategy, cut):
+def test_a_loss_without_a_gradient_is_refused_at_step_0(shoal):
     (shoal.folder / "mine.py").write_text(
-        f"def loss(outputs, targets):\n    return ({cut}).sum() * 1.0\n"
+        "def loss(outputs, targets):\n    return (outputs.argmax(1) != targets).float().sum()\n"
     )
-    done = shoal.train("--strategy", strategy, "--set", "objective=mine:loss")
+    done = shoal.train("--strategy", "dp2", "--set", "objective=mine:loss")
     assert done.status == 3
     assert done.document["error"]["kind"] == "NoGradient"
     assert done.document["error"]["step"] == 0
@@ -107,7 +104,9 @@ def test_a_disk_that_is_full_at_a_save_costs_no_older_checkpoint(shoal):
     try:
         # Weights and momentum of one checkpoint take about 130 KB.
         wide = ("--set", "model.widths=[384]", "--set", "evaluate.every=100 steps")
-        done = shoal.train("--strategy", "single", *wide, "--set", "checkpoint.keep=9", out="disk/run")
+        done = shoal.train(
+            "--strategy", "single", *wide, "--set", "checkpoint.keep=9", out="disk/run"
+        )
         assert done.status == 3
         assert done.document["state"] == "failed"
         assert done.document["error"]["kind"] == "DiskFull"

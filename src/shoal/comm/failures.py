@@ -8,8 +8,9 @@ from shoal.errors import PeerLost
 
 # gloo and NCCL have no exception types of their own for this: their words are all there is.
 _SIGNS = re.compile(
-    r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|timed out|pair closure|"
-    r"socket (closed|timeout)|gloo/transport|ncclRemoteError|ncclSystemError|no route to host",
+    r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|timed out|"
+    r"pair closure|socket (closed|timeout)|gloo/transport|"
+    r"ncclRemoteError|ncclSystemError|no route to host",
     re.IGNORECASE,
 )
 

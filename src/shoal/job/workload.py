@@ -1,7 +1,7 @@
 """`Workload`: what is computed, as live functions; of a recipe, or of a user's own functions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -147,13 +147,16 @@ def local_batch(
 ) -> tuple[LocalBatch, Share]:
     """This rank's rows of a step, on the replica's device and in its precision; and all shares.
 
-    The next step's rows are asked for ahead, unless `step` is the last.
+    The next step's rows are asked for ahead, unless `step` is the last. What stands in for an empty
+    share (see `Share`) is not reported as bad: another rank does that.
     """
     share = share_of(feed.batch_examples(step), replica.ranks)
-    batch = feed.read(step, *share.shares[rank])
+    batch = feed.read(step, *share.reads(rank))
+    if share.is_empty(rank) and len(getattr(batch, "bad", ())):
+        batch = replace(batch, bad=())
     if step < last_step:
         ahead = share_of(feed.batch_examples(step + 1), replica.ranks)
-        feed.prefetch(step + 1, *ahead.shares[rank])
+        feed.prefetch(step + 1, *ahead.reads(rank))
     moved: LocalBatch = batch.to(
         replica.device, replica.numerics.dtype, channels_last=replica.numerics.channels_last
     )

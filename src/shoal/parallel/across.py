@@ -53,7 +53,7 @@ class BatchNormAcross(torch.autograd.Function):
                 input[span.rows], mean[span.group], variance[span.group], weight, bias, eps=eps
             )
         ctx.save_for_backward(input, weight, mean, (variance + eps).rsqrt(), count)
-        ctx.group, ctx.spans = groups.group, spans
+        ctx.group, ctx.spans, ctx.stands_in = groups.group, spans, groups.stands_in
         unbiased = squares / (count - 1).clamp(min=1)
         ctx.mark_non_differentiable(mean, unbiased, count)
         return output, mean, unbiased, count
@@ -67,8 +67,9 @@ class BatchNormAcross(torch.autograd.Function):
         grad_weight, grad_bias = sums.sum(1)
         slopes, shifts = ctx.group.all_reduce(sums.clone(), "activation") / count.clamp(min=1)
         scale = inverse_std if weight is None else inverse_std * weight.to(inverse_std.dtype)
-        result = torch.empty_like(input)
-        for span in ctx.spans:
+        # Rows without weight are no part of their group: it does not depend on them.
+        result = torch.zeros_like(input) if ctx.stands_in else torch.empty_like(input)
+        for span in () if ctx.stands_in else ctx.spans:
             rows, g = input[span.rows], span.group
             centred = dy[span.rows].to(mean.dtype) - _channels(shifts[g], rows)
             curved = _normal(rows, mean[g], inverse_std[g]) * _channels(slopes[g], rows)
@@ -96,7 +97,7 @@ def _parts(input: Tensor, groups: BatchGroups) -> Tensor:
     kind = torch.promote_types(input.dtype, torch.float32)
     parts = input.new_zeros(groups.count, 2 * channels + 1, dtype=kind)
     axes = [axis for axis in range(input.dim()) if axis != 1]
-    for span in groups.spans_of(input.shape[0]):
+    for span in () if groups.stands_in else groups.spans_of(input.shape[0]):
         rows = input[span.rows].to(kind)
         variance, mean = torch.var_mean(rows, axes, correction=0)
         count = rows.numel() // channels

@@ -42,6 +42,7 @@ class BatchGroups:
     count: int = 1
     spans: tuple[Span, ...] = ()
     local_rows: int = 0
+    stands_in: bool = False  # the rows are no part of this rank's share, and have no weight
     crosses: bool = False
     recomputing: bool = False
     _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
@@ -55,12 +56,14 @@ class BatchGroups:
         size = self.normalize_over or max(1, batch_examples)
         self.count = max(1, -(-batch_examples // size))
         self.local_rows = len(rows)
+        start, stop = shares[self.group.rank]
+        self.stands_in = start == stop and self.local_rows > 0
         group_of_row = torch.div(rows, size, rounding_mode="floor")
         numbers, lengths = torch.unique_consecutive(group_of_row, return_counts=True)
-        start, spans = 0, []
+        first, spans = 0, []
         for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
-            spans.append(Span(number, slice(start, start + length)))
-            start += length
+            spans.append(Span(number, slice(first, first + length)))
+            first += length
         self.spans = tuple(spans)
         borders = [stop for _, stop in shares if 0 < stop < batch_examples]
         self.crosses = self.group.size > 1 and any(border % size for border in borders)
@@ -110,7 +113,8 @@ class BatchGroups:
         if not self._pending:
             return
         present = self._pending[0][1].new_zeros(self.count)
-        present[[span.group for span in self.spans]] = 1.0
+        if not self.stands_in:
+            present[[span.group for span in self.spans]] = 1.0
         parts = [torch.stack((m, v)).flatten() for _, m, v in self._pending]
         # Every group is on exactly one rank, and zero on the others: the sum is exact.
         everywhere = self.group.all_reduce(torch.cat((present, *parts)), "activation")

@@ -34,7 +34,7 @@ _KINDS: dict[type[nn.Module], bool] = {  # whether whole channels drop
 }
 
 _RANGE = 1 << 24
-_PIECE = 1 << 16
+_PIECE = 1 << 17  # numbers at once: as fast as torch's own dropout, measured on one core
 
 
 @dataclass

@@ -7,9 +7,10 @@ The loss goes *into* the replica, as a pipeline runs forward, loss and backward 
 back-propagates its own sum of losses ÷ the global count, so gradients have only to be summed.
 """
 
+import copy
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -38,10 +39,23 @@ class LocalBatch(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """Which positions of a step's global batch each rank has: ``shares[rank] = (start, stop)``."""
+    """Which positions of a step's global batch each rank has: ``shares[rank] = (start, stop)``.
+
+    A rank without any still computes, on the batch's first example and with no weight: a user's
+    model need not bear a batch of no rows (``x.view(len(x), -1)`` does not), and collectives inside
+    the model need every rank.
+    """
 
     batch_examples: int
     shares: tuple[tuple[int, int], ...]
+
+    def is_empty(self, rank: int) -> bool:
+        start, stop = self.shares[rank]
+        return start == stop
+
+    def reads(self, rank: int) -> tuple[int, int]:
+        """The positions that `rank` reads: its share, or in place of an empty one the first."""
+        return (0, 1) if self.is_empty(rank) else self.shares[rank]
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Body(nn.Module):
         self._numerics = numerics
         self.captured: Any = None
         self.capture = False
+        self.counts = True  # whether the rows have any weight, see `Share`
 
     def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         device = next(self.model.parameters()).device
@@ -85,8 +100,8 @@ class Body(nn.Module):
             outputs = call_model(self.model, inputs)
             total, count = call_objective(self._objective, outputs, targets)
         if self.capture:
-            self.captured = tree_map(_detached, outputs)
-        return total, count
+            self.captured = _each(_detached if self.counts else _no_rows, outputs)
+        return (total, count) if self.counts else (total * 0.0, count * 0.0)
 
 
 class Replica:
@@ -159,6 +174,7 @@ class Replica:
             return call_model(self.model, batch.inputs)
 
     def _begin(self, batch: LocalBatch, step: int, share: Share) -> None:
+        self.body.counts = not share.is_empty(self.rank)
         self._groups.begin(batch.rows, share.batch_examples, list(share.shares))
         self._randomness.begin(step, batch.rows, self.rank)
 
@@ -201,5 +217,26 @@ def _users_line(error: Exception) -> str | None:
     return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
 
 
-def _detached(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _each(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+    """A copy of a model's outputs with each tensor changed; dataclasses are looked into as well."""
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        copied = copy.copy(leaf)
+        for part in fields(leaf):
+            # A frozen one too: the copy is nobody's yet.
+            object.__setattr__(copied, part.name, _each(function, getattr(leaf, part.name)))
+        return copied
+
+    return tree_map(changed, outputs)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _no_rows(tensor: Tensor) -> Tensor:
+    return _detached(tensor[:0] if tensor.dim() else tensor)

@@ -51,7 +51,9 @@ class GroupBatchNorm(_BatchNorm):
         kind = torch.promote_types(input.dtype, torch.float32)
         means = input.new_zeros(self.groups.count, self.num_features, dtype=kind)
         variances = torch.zeros_like(means)
-        for span in self.groups.spans_of(input.shape[0]):
+        if self.groups.stands_in:
+            outputs.append(self._by_itself(input))
+        for span in () if self.groups.stands_in else self.groups.spans_of(input.shape[0]):
             part = input[span.rows]
             if part.numel() == part.shape[1]:
                 raise refuse_single(span.group)
@@ -71,6 +73,13 @@ class GroupBatchNorm(_BatchNorm):
         if self._tracks:
             self.groups.track_later(self, means, variances)
         return torch.cat(outputs) if outputs else _empty_like(input, self.weight, self.bias)
+
+    def _by_itself(self, input: Tensor) -> Tensor:
+        """Rows without weight, whose output only has to be a sensible number."""
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        kind = torch.promote_types(input.dtype, torch.float32)
+        variance, mean = torch.var_mean(input.detach().to(kind), axes, correction=0)
+        return functional.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
 
     def _across(self, input: Tensor) -> Tensor:
         """Some group lies on several ranks: combine the parts, here and in the backward pass."""

@@ -62,12 +62,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _one_batch(job: Job, feed: Feed, step: int, names: list[str], bad: list[Any]) -> Tensor:
-    """Sums and counts of this rank's rows: ``[2, metrics]`` in float64, on the CPU."""
+    """Sums and counts of this rank's share: ``[2, metrics]`` in float64, on the CPU."""
     try:
         rank, last = job.groups.data.rank, feed.steps_per_epoch - 1
         batch, share = local_batch(feed, step, rank, job.replica, last)
         bad.extend(getattr(batch, "bad", ()))
         outputs: Any = job.replica.forward(batch, step, share)
+        if share.is_empty(rank):  # it has stood in for one: no row of it counts
+            return torch.zeros(2, len(names), dtype=torch.float64)
         pairs = [call_objective(job.workload.objective, outputs, batch.targets)]
         pairs += [job.workload.metrics[name](outputs, batch.targets) for name in names[1:]]
     except ShoalError as error:

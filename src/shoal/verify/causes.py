@@ -22,15 +22,18 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from shoal.errors import ShoalError
 from shoal.verify.certificate import Difference
 from shoal.verify.measure import errors
-from shoal.verify.record import Record, gradients_of
+from shoal.verify.record import Record, gradients_of, rows_of
 from shoal.verify.reference import Reference, call
 
 FITS = 1e-6  # a hypothesis explains a gradient that it gives to this relative error
 
 Pair = tuple[Tensor, Tensor]  # a share's sum of losses and its count
 Shares = tuple[tuple[int, int], ...]
+Rule = Callable[[list[Pair]], Tensor]
+Hypothesis = Callable[[], dict[str, Tensor]]
 
 
 def likely_cause(
@@ -38,7 +41,10 @@ def likely_cause(
 ) -> str:
     """The cause of the first difference, in words. Runs on rank 0, after the differing step."""
     if first.kind in ("output", "loss", "gradient"):
-        for text, gradients in _hypotheses(reference, first.step, shares):
+        for text, hypothesis in _hypotheses(reference, first.step, shares):
+            gradients = _computed(hypothesis)
+            if gradients is None:
+                continue
             if _same(mine.tensors["gradient"], gradients) and not _same(
                 theirs.tensors["gradient"], gradients
             ):
@@ -50,31 +56,46 @@ def _same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return max(errors(mine, other).values(), default=0.0) <= FITS
 
 
+def _computed(hypothesis: Hypothesis) -> dict[str, Tensor] | None:
+    """The gradient that a hypothesis gives; None where the model does not bear it.
+
+    A share run on its own may be too small for batch norm, or of a shape that the user's code
+    refuses: such a hypothesis does not fit.
+    """
+    try:
+        return hypothesis()
+    except (ShoalError, RuntimeError, ValueError, TypeError, LookupError):
+        return None
+
+
 def _hypotheses(
     reference: Reference, step: int, shares: Shares
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each hypothesis and the gradient that it gives, from the state before `step`."""
+) -> Iterator[tuple[str, Hypothesis]]:
+    """Each hypothesis, and how to get its gradient, from the state before `step`."""
     batch = reference.batch(step)
     ranks = len(shares)
     sizes = [stop - start for start, stop in shares]
 
-    def whole(rule: Callable[[list[Pair]], Tensor]) -> dict[str, Tensor]:
-        return _gradient(reference, step, lambda: rule(_whole(reference, batch, shares)))
+    def of(parts: Shares, rule: Rule, *, together: bool) -> Hypothesis:
+        def gradient() -> dict[str, Tensor]:
+            run = _together if together else _one_by_one
+            return _gradient(reference, lambda: rule(run(reference, step, batch, parts)))
+
+        return gradient
 
     for text, rule in _rules(ranks, sizes):
-        yield text, whole(rule)
+        yield text, of(shares, rule, together=True)
     least = min(sizes)
     if least < max(sizes):
-        kept = (0, least * ranks)
         yield (
             "the rows beyond equal shares were left out: the last partial batch, or what does not "
             "divide by the number of ranks, was dropped",
-            _gradient(reference, step, lambda: _right(_one_by_one(reference, batch, (kept,)))),
+            of(((0, least * ranks),), _right, together=False),
         )
     if any(isinstance(module, _BatchNorm) for module in reference.model.modules()):
         yield (
             "batch statistics were not synchronised: each replica normalised by its own rows",
-            _gradient(reference, step, lambda: _right(_one_by_one(reference, batch, shares))),
+            of(shares, _right, together=False),
         )
 
 
@@ -83,7 +104,7 @@ def _right(pairs: list[Pair]) -> Tensor:
     return torch.stack([loss for loss, _ in pairs]).sum() / (total or 1.0)
 
 
-def _rules(ranks: int, sizes: list[int]) -> list[tuple[str, Callable[[list[Pair]], Tensor]]]:
+def _rules(ranks: int, sizes: list[int]) -> list[tuple[str, Rule]]:
     def means(pairs: list[Pair]) -> list[Tensor]:
         return [loss / (float(count) or 1.0) for loss, count in pairs]
 
@@ -121,13 +142,12 @@ def _rules(ranks: int, sizes: list[int]) -> list[tuple[str, Callable[[list[Pair]
     ]
 
 
-def _gradient(reference: Reference, step: int, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+def _gradient(reference: Reference, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     """The gradient of a hypothetical loss, from the state before the step, which is put back."""
     after = {k: v.clone() for k, v in reference.model.state_dict().items()}
     reference.model.load_state_dict(reference.before)
     reference.optimizer.zero_grad(set_to_none=True)
     try:
-        reference.begin(step, reference.batch(step))
         value = loss()
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
@@ -141,33 +161,36 @@ def _gradient(reference: Reference, step: int, loss: Callable[[], Tensor]) -> di
         reference.model.load_state_dict(after)
 
 
-def _whole(reference: Reference, batch: Any, shares: Shares) -> list[Pair]:
+def _together(reference: Reference, step: int, batch: Any, shares: Shares) -> list[Pair]:
     """Each share's losses, from one forward of the whole batch."""
+    examples = len(batch.rows)
+    reference.begin(step, batch.rows)
     outputs = call(reference.model, batch.inputs)
     return [
-        reference.workload.objective(_rows(outputs, share), _rows(batch.targets, share))
-        for share in shares
-    ]
-
-
-def _one_by_one(reference: Reference, batch: Any, shares: Shares) -> list[Pair]:
-    """Each share's losses, from a forward of its own."""
-    return [
         reference.workload.objective(
-            call(reference.model, _rows(batch.inputs, share)), _rows(batch.targets, share)
+            _rows(outputs, share, examples), _rows(batch.targets, share, examples)
         )
         for share in shares
-        if share[1] > share[0]
     ]
 
 
-def _rows(tree: Any, share: tuple[int, int]) -> Any:
-    start, stop = share
+def _one_by_one(reference: Reference, step: int, batch: Any, shares: Shares) -> list[Pair]:
+    """Each share's losses, from a forward of its own."""
+    examples = len(batch.rows)
+    pairs = []
+    for share in shares:
+        if share[1] > share[0]:
+            reference.begin(step, batch.rows[slice(*share)])
+            outputs = call(reference.model, _rows(batch.inputs, share, examples))
+            targets = _rows(batch.targets, share, examples)
+            pairs.append(reference.workload.objective(outputs, targets))
+    return pairs
 
-    def cut(leaf: Any) -> Any:
-        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
-    return tree_map(cut, tree)
+def _rows(tree: Any, share: tuple[int, int], examples: int) -> Any:
+    return tree_map(
+        lambda leaf: rows_of(leaf, share, examples) if isinstance(leaf, Tensor) else leaf, tree
+    )
 
 
 def _by_kind(first: Difference, mine: Record, theirs: Record) -> str:

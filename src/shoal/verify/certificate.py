@@ -1,9 +1,12 @@
 """`Certificate`: what a verification found."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from shoal.errors import RunFolderError
 
 KINDS = ("output", "loss", "gradient", "parameter", "buffer", "optimizer")
 TOLERANCE = 1e-10  # in float64, by the measure of `measure.py`
@@ -45,23 +48,41 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's document."""
+
+        # JSON has no infinity: what cannot be compared is as far away as a number can say.
+        def number(error: float | None) -> float | None:
+            return error if error is None else min(error, sys.float_info.max)
+
         first = self.first_difference
+        told = None if first is None else {**first.to_json(), "error": number(first.error)}
         return {
             "ok": self.ok,
             "strategy": self.strategy,
             "steps": self.steps,
             "dtype": self.dtype,
-            "max_error": self.max_error,
-            "first_difference": first.to_json() if first is not None else None,
+            "max_error": {kind: number(error) for kind, error in self.max_error.items()},
+            "first_difference": told,
             "cause": self.cause,
             "refused": self.refused,
             "tolerance": TOLERANCE,
             "seconds": self.seconds,
         }
 
-    def write(self, path: Path) -> None:
-        """Write the document to a file."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path) -> Path:
+        """Write the document to ``certificate.json`` in a folder, which is made if need be.
+
+        Raises `RunFolderError` where that cannot be.
+        """
+        path = folder / "certificate.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} cannot be written: {error.strerror or error}",
+                hint="Give another folder with --out.",
+            ) from error
+        return path
 
     def text(self) -> str:
         """The certificate as a person reads it."""

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from shoal.comm import Group
 from shoal.train.agree_start import digest
 from shoal.verify.certificate import KINDS, TOLERANCE, Difference
 from shoal.verify.measure import errors
-from shoal.verify.record import Record
+from shoal.verify.record import Record, rows_of
 
 # Where a difference shows first, in the order in which a step computes.
 ORDER = ("output", "loss", "gradient", "buffer", "parameter", "optimizer")
@@ -53,23 +52,31 @@ class Comparison:
     def empty(cls) -> "Comparison":
         return cls({})
 
-    def add(self, step: int, mine: Record, reference: Record, rows: Tensor) -> None:
-        """Compare one step. ``rows``: this rank's rows of the global batch."""
+    def lose(self, step: int) -> None:
+        """Note that the ranks came to no number at `step`, where one device did."""
+        self.max_error["loss"] = float("inf")
+        self.first = self.first or Difference("loss", "loss", step, float("inf"))
+
+    def add(
+        self,
+        step: int,
+        mine: Record,
+        reference: Record,
+        share: tuple[int, int],
+        batch_examples: int,
+    ) -> None:
+        """Compare one step. ``share``: this rank's (start, stop) of the global batch."""
         for kind in ORDER:
             theirs = reference.tensors[kind]
             if kind == "output":
-                theirs = {name: _rows_of(tensor, rows) for name, tensor in theirs.items()}
+                theirs = {
+                    name: rows_of(tensor, share, batch_examples) for name, tensor in theirs.items()
+                }
             found = errors(mine.tensors[kind], theirs)
             for name, error in found.items():
                 self.max_error[kind] = max(self.max_error.get(kind, 0.0), error)
                 if error > TOLERANCE and self.first is None:
                     self.first = Difference(name, kind, step, error)
-
-
-def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
-    """This rank's rows of an output that has one row per example; others are compared whole."""
-    whole = tensor.dim() == 0 or (len(rows) and int(rows.max()) >= tensor.shape[0])
-    return tensor if whole else tensor[rows]
 
 
 def cause_between_ranks(
@@ -91,23 +98,23 @@ def cause_between_ranks(
 
 
 def _adds_up(group: Group, mine: Record, reference: Record) -> bool:
-    """Whether the ranks' gradients sum to one device's. Collective."""
-    theirs = reference.tensors["gradient"]
-    names = [name for name in theirs if name in mine.tensors["gradient"]]
+    """Whether the ranks' gradients sum to one device's. Collective.
+
+    The names are the reference's, which all ranks have alike: a rank without a gradient takes part
+    with zeros.
+    """
+    theirs, own = reference.tensors["gradient"], mine.tensors["gradient"]
     summed = {
-        name: group.all_reduce(mine.tensors["gradient"][name].clone(), "evaluation")
-        for name in names
+        name: group.all_reduce(own.get(name, torch.zeros_like(tensor)).clone(), "evaluation")
+        for name, tensor in theirs.items()
     }
-    found = errors(summed, {name: theirs[name] for name in names})
-    return max(found.values(), default=1.0) <= TOLERANCE
+    return max(errors(summed, theirs).values(), default=1.0) <= TOLERANCE
 
 
 def _other_replica(group: Group, first: Difference, mine: Record) -> str | None:
-    """Which rank's tensor is not rank 0's, if that is what differs."""
+    """Which rank's tensor is not rank 0's, if that is what differs. Collective."""
     tensor = mine.tensors[first.kind].get(first.name)
-    if tensor is None:
-        return None
-    digests = group.all_gather_json(digest(tensor), "evaluation")
+    digests = group.all_gather_json(None if tensor is None else digest(tensor), "evaluation")
     for rank, other in enumerate(digests):
         if other != digests[0]:
             return (

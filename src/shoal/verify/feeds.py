@@ -2,7 +2,8 @@
 
 step 0    the whole batch
 step 1    a batch that does not divide by the number of replicas
-step 2    what is left at the end of the data: the last, partial batch
+step 2    the last, partial batch of the data; if that is whole, one with fewer examples than
+          replicas, so that a share is empty (on three replicas and more)
 """
 
 from collections.abc import Callable
@@ -132,6 +133,11 @@ class VerifyingFeed:
         if step == 1 and size % ranks == 0:
             smaller = range(size - 1, max(ranks, 2), -1)
             size = next((n for n in smaller if n % ranks and self._groups_hold_two(n)), size)
+        # Nothing partial at the end: a batch that leaves a replica with an empty share, of two
+        # examples at least, since batch norm refuses one.
+        fewer = max(2, ranks - 1)
+        if step == 2 and size == self._feed.batch_examples(0) and self._groups_hold_two(fewer):
+            size = min(size, fewer)
         return chosen, size
 
     def _groups_hold_two(self, examples: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shoal.comm import Group, Groups, peer_failures
-from shoal.errors import RunError
+from shoal.errors import NotFinite, RunError
 from shoal.job import Execution, Workload, assemble, share_of, workload_of
 from shoal.launch import Context
 from shoal.recipe import Component, Recipe
@@ -73,11 +73,16 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
         for step in range(task.steps):
             record = next(records) if groups.world.rank == 0 else None
             theirs = share_reference(groups.world, record)
-            mine = observed.step(step, theirs)
-            _refuse_infinite(step, mine, theirs, groups.world)
-            shares = share_of(workload.feed.batch_examples(step), groups.data.size).shares
-            rows = torch.arange(*shares[groups.data.rank])
-            comparison.add(step, mine, theirs, rows)
+            _refuse_not_finite(step, theirs)
+            try:
+                mine = observed.step(step, theirs)
+            except NotFinite as error:  # on all ranks alike, and not on one device
+                comparison.lose(step)
+                cause = f"the ranks have no finite loss where one device has: {error.message}"
+                break
+            examples = workload.feed.batch_examples(step)
+            shares = share_of(examples, groups.data.size).shares
+            comparison.add(step, mine, theirs, shares[groups.data.rank], examples)
             first = _first(groups.world, comparison)
             if first is not None and cause is None:
                 cause = cause_between_ranks(groups.world, first, mine, theirs)
@@ -122,7 +127,7 @@ def _of_functions(functions: Functions, steps: int) -> Workload:
     )
 
 
-def _refuse_infinite(step: int, mine: Record, theirs: Record, group: Group) -> None:
+def _refuse_not_finite(step: int, theirs: Record) -> None:
     """Nothing can be said where one device itself has no finite numbers."""
     for kind in KINDS:
         for name, tensor in theirs.tensors[kind].items():

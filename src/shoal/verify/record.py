@@ -21,6 +21,19 @@ class Record:
     count: float = 0.0
 
 
+def rows_of(tensor: Tensor, share: tuple[int, int], batch_examples: int) -> Tensor:
+    """The rows of a share of a batch: of what has one row, or several, for each example.
+
+    Several are those of an example together, as in ``[examples · tokens, classes]``. What has no
+    rows of examples (a scalar, a table) is given whole.
+    """
+    if tensor.dim() == 0 or not batch_examples or tensor.shape[0] % batch_examples:
+        return tensor
+    each = tensor.shape[0] // batch_examples
+    start, stop = share
+    return tensor[start * each : stop * each]
+
+
 def outputs_by_name(outputs: Any) -> dict[str, Tensor]:
     """The tensors among a model's outputs, by their place in it; a single tensor is `output`."""
     if isinstance(outputs, Tensor):

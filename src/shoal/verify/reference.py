@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.job import Workload
@@ -46,15 +46,15 @@ class Reference:
             self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
             yield self._step(step)
 
-    def begin(self, step: int, batch: Any) -> None:
-        """Set what the layers of Shoal's own need to know of a step."""
+    def begin(self, step: int, rows: Tensor) -> None:
+        """Set what the layers of Shoal's own need to know of a forward pass of these rows."""
         examples = self.workload.feed.batch_examples(step)
-        self._groups.begin(batch.rows, examples, [(0, examples)])
-        self._key.begin(step, batch.rows, 0)
+        self._groups.begin(rows, examples, [(0, examples)])
+        self._key.begin(step, rows, 0)
 
     def _step(self, step: int) -> Record:
         batch = self.batch(step)
-        self.begin(step, batch)
+        self.begin(step, batch.rows)
         self.optimizer.zero_grad(set_to_none=True)
         outputs = call(self.model, batch.inputs)
         loss_sum, count = self.workload.objective(outputs, batch.targets)

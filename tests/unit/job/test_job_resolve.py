@@ -81,7 +81,9 @@ def test_gpus_without_a_torch_for_them_are_left_alone_and_said_so(monkeypatch):
 def test_the_installed_torch_is_asked_by_its_file():
     import torch
 
-    assert import_module("shoal.job.resolve")._torch_has_cuda() == bool(torch.version.cuda or torch.version.hip)
+    assert import_module("shoal.job.resolve")._torch_has_cuda() == bool(
+        torch.version.cuda or torch.version.hip
+    )
 
 
 @pytest.mark.usefixtures("torch_with_cuda")

@@ -1,5 +1,6 @@
 """A replica alone: forward and backward, and what it says of code that is not its own."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,3 +133,41 @@ def test_agreements_by_the_number_of_replicas() -> None:
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(Refused, match="every parameter of this model is frozen"):
         EveryStep(Group(0, 2)).attach(replica(linear().requires_grad_(False)))
+
+
+def test_a_rank_without_a_share_reads_the_first_example_without_weight() -> None:
+    empty = Share(2, ((0, 1), (1, 2), (2, 2)))
+    assert [empty.reads(rank) for rank in range(3)] == [(0, 1), (1, 2), (0, 1)]
+    assert [empty.is_empty(rank) for rank in range(3)] == [False, False, True]
+    model = linear()
+    ours = replica(model)
+    ours.body.capture = True
+    totals = ours.forward_backward(batch(1), 0, Share(1, ((1, 1),)), lambda local: local)
+    assert totals.tolist() == [0.0, 0.0]
+    assert not model.weight.grad.any()
+    assert ours.body.captured.shape == (0, 3)
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: Tensor
+    parts: list[Tensor]
+    name: str = "kept"
+
+
+def test_outputs_are_captured_whatever_holds_them() -> None:
+    class Answering(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            logits = super().forward(input)
+            return {"answer": Answer(logits, [logits * 2, logits.sum()]), "number": 3}
+
+    model = Answering(4, 3).double()
+    ours = replica(model, lambda outputs, _: (outputs["answer"].logits.sum(), torch.tensor(6.0)))
+    ours.body.capture = True
+    ours.forward_backward(batch(), 0, share(), lambda local: local)
+    answer = ours.body.captured["answer"]
+    assert ours.body.captured["number"] == 3
+    assert answer.name == "kept"
+    assert not answer.logits.requires_grad
+    assert not answer.parts[1].requires_grad
+    torch.testing.assert_close(answer.parts[0], answer.logits * 2)

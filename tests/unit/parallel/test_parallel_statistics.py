@@ -235,3 +235,19 @@ def test_groups_can_be_given_again() -> None:
     second = whole(2, 4)
     assert use_groups(model, second) == 1
     assert model[0].groups is second
+
+
+def test_rows_without_weight_leave_no_trace() -> None:
+    """A rank without a share computes on another's example: see `parallel.Share`."""
+    layer = nn.BatchNorm1d(3)
+    groups = BatchGroups(None, Group(0, 1))
+    groups.begin(torch.arange(1), 4, [(4, 4)])
+    assert groups.stands_in
+    use_groups(nn.Sequential(layer), groups)
+    output = layer(torch.full((1, 3), 1000.0, requires_grad=True))
+    assert bool(output.isfinite().all())
+    (output * 0.0).sum().backward()
+    groups.finish()
+    assert not layer.weight.grad.any()
+    assert int(layer.num_batches_tracked) == 0
+    assert not layer.running_mean.any()

@@ -59,8 +59,7 @@ def test_certificate_document_has_the_contract_keys(tmp_path):
     found = Certificate(
         False, "dp2", 3, dict.fromkeys(KINDS, 0.5), Difference("fc.weight", "gradient", 1, 0.5), "x"
     )
-    found.write(tmp_path / "certificate.json")
-    document = json.loads((tmp_path / "certificate.json").read_text())
+    document = json.loads(found.write(tmp_path / "new").read_text())
     wanted = {
         "ok",
         "strategy",
