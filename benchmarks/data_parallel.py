@@ -30,11 +30,12 @@ from shoal.recipe import Recipe
 rank, ranks, steps = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 recipe = Recipe.from_yaml(sys.argv[4])
 if ranks > 1:
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[5], rank=rank, world_size=ranks)
+    where = "file://" + sys.argv[5]
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
 torch.manual_seed(0)
 train, _ = data.resolve(recipe.data)
 about = data.describe(train)
-feed = data.open_feed(train, batch_size=len(range(recipe.batch_size)), seed=0, shuffle=True)
+feed = data.open_feed(train, batch_size=recipe.batch_size, seed=0, shuffle=True)
 examples = [feed.read(step, 0, feed.batch_examples(step)) for step in range(feed.steps_per_epoch)]
 inputs = torch.cat([batch.inputs for batch in examples])
 targets = torch.cat([batch.targets for batch in examples])
@@ -48,7 +49,8 @@ while seen < steps:
     order = torch.randperm(len(inputs))
     for start in range(0, len(order) - recipe.batch_size + 1, recipe.batch_size):
         rows = order[start + rank * share : start + (rank + 1) * share]
-        loss = torch.nn.functional.cross_entropy(net(inputs[rows]), targets[rows], label_smoothing=0.1)
+        outputs = net(inputs[rows])
+        loss = torch.nn.functional.cross_entropy(outputs, targets[rows], label_smoothing=0.1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

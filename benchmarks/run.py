@@ -11,8 +11,9 @@ import os
 import platform
 from pathlib import Path
 
-import data_parallel
 import torch
+
+import data_parallel
 
 RESULTS = Path(__file__).parent / "results"
 

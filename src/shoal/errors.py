@@ -7,14 +7,14 @@
     │   │   └── Refused            one that can be read, and not run: impossible, or not built yet
     │   ├── DataMissing            files that are not there, or are not what the recipe says
     │   ├── RunFolderError         a folder in use, of another recipe, or with nothing to resume
-    │   └── WorldError             more or fewer ranks than the strategy needs; ranks that cannot meet
+    │   └── WorldError             ranks that are not as many as the strategy needs, or cannot meet
     ├── RunError                   exit 3: after the start
     │   ├── BadExample             an example that cannot be read
     │   ├── NoGradient             a loss that no parameter can learn from
     │   ├── NotFinite              a loss or a gradient that is NaN or infinite
     │   ├── DiskFull               a checkpoint that could not be written
     │   ├── CheckpointDamaged      a checkpoint that is not what was written
-    │   ├── RanksDiffer            ranks that start from different versions, recipes, weights or data
+    │   ├── RanksDiffer            ranks that start from other versions, recipes, weights or data
     │   ├── ReplicasDiffer         replicas whose weights have drifted apart
     │   ├── RankLost               a rank that was killed, or left without a word
     │   ├── PeerLost               what the others see when a rank is lost: never the first cause

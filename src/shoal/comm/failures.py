@@ -4,19 +4,21 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import torch.distributed as dist
+
 from shoal.errors import PeerLost
 
-# gloo and NCCL have no exception types of their own for this: their words are all there is.
+# gloo and NCCL have no exception types of their own for this: their words are all there is. Only
+# texts that name them count, since a user's own code may well speak of connections too.
 _SIGNS = re.compile(
-    r"connection (closed|reset|refused)|closed by (remote )?peer|broken pipe|timed out|"
-    r"pair closure|socket (closed|timeout)|gloo/transport|"
-    r"ncclRemoteError|ncclSystemError|no route to host",
-    re.IGNORECASE,
+    r"gloo/|pair closure|nccl(Remote|System|Internal)Error|NCCL (error|timeout)", re.I
 )
 
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether `error` is torch's word for a broken connection between ranks."""
+    if isinstance(error, dist.DistError):
+        return True
     return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
 
 

@@ -1,7 +1,7 @@
 """The supervisor: starts ranks on this host, hears signals for them, and says why one ended.
 
 torchrun is not used for this: it listens on every interface, leaves its workers alive when it is
-killed, restarts the whole group and prints some 45 lines of error (see docs/architecture.md).
+killed, restarts the whole group and prints some 45 lines of error.
 """
 
 import contextlib
@@ -123,6 +123,7 @@ class Ranks:
             OMP_NUM_THREADS=str(self.threads),
             MKL_NUM_THREADS=str(self.threads),
             GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
+            NCCL_SOCKET_IFNAME="lo",
             TORCH_CPP_LOG_LEVEL="ERROR",
         )
         # SIGTERM asks a rank to stop; before it can hear that, the signal would just end it.

@@ -30,8 +30,8 @@ from shoal.learn.shapes import (
     paired,
     per_example,
 )
-from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
+from shoal.recipe.user import Named, call, check_options, load, unknown
 
 # What torch ignores when nothing is to be ignored: its default, -100, would hide a wrong label.
 _NO_LABEL = torch.iinfo(torch.int64).min

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from shoal.errors import UsageError
-from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
+from shoal.recipe.user import Named, call, check_options, load, unknown
 
 _OURS = ("clip_norm", "no_decay")
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

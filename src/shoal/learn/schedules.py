@@ -7,7 +7,7 @@
     step       factor to the power of how many of ``at`` are ≤ s
 
     schedule = build_schedule(component)
-    group["lr"] = group["initial_lr"] * schedule((step + 0.5) / total_steps)
+    group["lr"] = group["initial_lr"] * schedule(samples by its middle ÷ all)
 
 In the middle of a step's own samples, as above, neither the first step of a warm-up nor the last
 of a cosine has a rate of 0, and nothing depends on how many steps this process has run.
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.errors import UserCodeError
-from shoal.recipe.user import Named, call, check_options, load, unknown
 from shoal.recipe.component import is_import_path, thaw
+from shoal.recipe.user import Named, call, check_options, load, unknown
 
 Schedule = Callable[[float], float]
 

@@ -15,8 +15,8 @@ from shoal.errors import UsageError
 from shoal.models.mlp import mlp
 from shoal.models.resnet import ResNet, ResNetOptions
 from shoal.models.transformer import Transformer, TransformerOptions
-from shoal.recipe.user import Named, call, check_options, load, signature_of, unknown
 from shoal.recipe.component import is_import_path, thaw
+from shoal.recipe.user import Named, call, check_options, load, signature_of, unknown
 
 __all__ = ["ResNet", "ResNetOptions", "Transformer", "TransformerOptions", "build", "mlp"]
 

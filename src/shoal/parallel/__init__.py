@@ -74,7 +74,9 @@ def build_replica(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         _require_compiler()
-        model.compile()
+        # Not dynamic: a graph that torch has generalised after the first partial batch would serve
+        # later whole ones, and a resumed run, which has not seen it, would round differently.
+        model.compile(dynamic=False)
     return Replica(Body(model, objective, numerics), numerics, groups, key)
 
 

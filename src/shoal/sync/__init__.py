@@ -7,7 +7,13 @@
 This version has the reference only: `sync`, an all-reduce of gradients at each step.
 """
 
-from shoal.sync.agreement import Agreement, Alone, build_agreement
+from shoal.comm import Group
+from shoal.sync.agreement import Agreement, Alone
 from shoal.sync.every_step import EveryStep
 
 __all__ = ["Agreement", "Alone", "EveryStep", "build_agreement"]
+
+
+def build_agreement(group: Group) -> Agreement:
+    """The agreement of a synchronous strategy over `group`."""
+    return Alone() if group.size == 1 else EveryStep(group)

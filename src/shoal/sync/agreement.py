@@ -5,8 +5,6 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from shoal.comm import Group
-
 
 class Replica(Protocol):
     """What an agreement needs of a replica: its model, and a place for hooks around it."""
@@ -41,10 +39,3 @@ class Alone:
 
     def agree(self, replica: Replica) -> None:
         return
-
-
-def build_agreement(group: Group) -> Agreement:
-    """The agreement of a synchronous strategy over `group`."""
-    from shoal.sync.every_step import EveryStep
-
-    return Alone() if group.size == 1 else EveryStep(group)

@@ -4,8 +4,9 @@ run = train(recipe, strategy="dp2")          # starts the ranks, shows progress,
 """
 
 from shoal.callable_module import make_callable
+from shoal.train.ended import Ended
 from shoal.train.folder import Options
-from shoal.train.front import Ended, train, train_with
+from shoal.train.front import train, train_with
 
 __all__ = ["Ended", "Options", "train", "train_with"]
 

@@ -11,7 +11,6 @@ With ``WORLD_SIZE`` set (torchrun, Slurm) no ranks are started: this process is 
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from shoal.launch import Ranks, StopSignals, stop_signals_heard, wait
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
+from shoal.train.ended import Ended, after_start
 from shoal.train.entry import run_on_rank
 from shoal.train.folder import (
     Options,
@@ -36,21 +36,6 @@ from shoal.train.folder import (
 )
 
 Show = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: its folder, the contract's document, and what went wrong if it did.
-
-    ``exit_status`` is the command's: 0, 3 (`error` says why), 75, or 128 + a second signal's
-    number. ``tells``: whether it is this process's part to tell of it; of joined ranks, rank 0's.
-    """
-
-    run: Run
-    document: dict[str, Any]
-    exit_status: int
-    error: ShoalError | None = None
-    tells: bool = True
 
 
 def train(
@@ -121,6 +106,8 @@ class _Front:
         self._signals = signals
         self._show = show
         self._start_message: dict[str, Any] = {}
+        self._stop_told = False
+        self._ranks_started = False
 
     def train(self, cluster: Cluster) -> Ended:
         """The run from its first file to its report."""
@@ -133,7 +120,8 @@ class _Front:
         except ShoalError as error:
             drop_half_written(run)
             document = failed(run, resolved, error, self._start_message)
-            ended = Ended(run, document, error.exit_status, error)
+            status = after_start(error) if self._ranks_started else error.exit_status
+            ended = Ended(run, document, status, error)
         except SystemExit as second:  # a second signal: the ranks are gone
             return self._ended_at_once(int(str(second.code)))
         else:
@@ -166,6 +154,7 @@ class _Front:
             "run": str(self._run.path.resolve()),
             "resume": resume,
         }
+        self._ranks_started = True
         with Ranks(self._resolved.strategy.world_size, threads=self._resolved.threads) as ranks:
             results = ranks.call(
                 run_on_rank,
@@ -180,6 +169,11 @@ class _Front:
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "start":
             self._start_message = message
+        if self._signals.heard and not self._stop_told:
+            self._stop_told = True
+            name = signal.Signals(self._signals.heard[0]).name
+            text = f"{name}: saving, then stopping (a second signal ends the run at once)"
+            self._show({"kind": "event", "event": "signal", "message": text})
         self._show(message)
 
     def _warn(self, message: str | None) -> None:

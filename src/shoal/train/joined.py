@@ -19,8 +19,8 @@ from shoal.job import Resolved
 from shoal.launch import Context, described, joined_context
 from shoal.recipe import Recipe
 from shoal.run import Run
+from shoal.train.ended import Ended, after_start
 from shoal.train.folder import Options, failed, finish, open_run, start, write_report
-from shoal.train.front import Ended
 from shoal.train.rank import Task, train_on_rank
 
 LAST_WORDS_S = 2.0  # how long rank 0 waits for a lost rank's reason to appear in the run folder
@@ -116,13 +116,13 @@ class _Part:
             if not isinstance(error, PeerLost):
                 with contextlib.suppress(OSError, ShoalError):
                     self._run.log_event("fault", error.message, error.rank, error.step, error.phase)
-            return Ended(self._run, {}, error.exit_status, error)
+            return Ended(self._run, {}, after_start(error), error)
         cause = self._cause(self._run, error) if isinstance(error, PeerLost) else error
         # Whose own error it is, logs and tells it; where a rank left without a word, rank 0 does.
         told_there = isinstance(error, PeerLost) and not isinstance(cause, RankLost)
         document = failed(self._run, self._resolved, cause, self._start_message, logged=told_there)
         write_report(self._run)
-        return Ended(self._run, document, cause.exit_status, error if told_there else cause)
+        return Ended(self._run, document, after_start(cause), error if told_there else cause)
 
     def _cause(self, run: Run, lost: PeerLost) -> ShoalError:
         """The first reason that another rank gives in the run folder, soon after it is lost."""

@@ -78,12 +78,12 @@ class Loop:
         # A run that was killed after its last checkpoint has nothing left but its end.
         self._reason = train.get("reason")
 
-    def _state(self, seconds: float) -> dict[str, Any]:
-        """What a checkpoint holds of the loop: equal on all ranks."""
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the loop; rank 0's is written."""
         finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         return {
             **self.convergence.state(),
-            "seconds": seconds,
+            "seconds": self.elapsed,
             "metrics": finite,
             "bad_examples": self.bad_examples.count,
             "reason": self._reason,
@@ -118,7 +118,7 @@ class Loop:
             )
         ends = last or stopping or self._reason is not None
         if self._checkpoint_every.due(step, seconds) or best or ends:
-            self.committer.commit(step, self.convergence, self._state(seconds))
+            self.committer.commit(step, self.convergence, self._state())
             self.watch.lap("checkpoint")
 
     def _flags(self, stop: bool) -> Flags:

@@ -53,7 +53,7 @@ def train_on_rank(
         context.rank, context.world_size, context.store, context.generation, device
     )
     with located(context.rank):
-        compare(groups.world, _program(recipe, strategy))
+        compare(groups.world, _program(recipe, strategy, device))
         folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
         run = Run.open(folder)
         opened(run)
@@ -113,10 +113,11 @@ def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _program(recipe: Recipe, strategy: Strategy) -> dict[str, Any]:
+def _program(recipe: Recipe, strategy: Strategy, device: torch.device) -> dict[str, Any]:
     """What the ranks compare before they build anything."""
     items: dict[str, Any] = {f"version of {name}": each for name, each in versions().items()}
     items["strategy"] = str(strategy)
+    items["kind of device"] = device.type
     return items | {f"recipe: {key}": each for key, each in recipe.fingerprint_items().items()}
 
 
@@ -125,6 +126,11 @@ def _initial(job: Job) -> dict[str, Any]:
     evaluation = job.workload.evaluation
     return {
         "parameter names, shapes and types": describe_parameters(job.replica.model),
+        # Gradients are summed by position: the same parameters in another order would be mixed up.
+        "order of parameters": {
+            f"parameter {place}": name
+            for place, (name, _) in enumerate(job.replica.model.named_parameters())
+        },
         "data": job.workload.feed.fingerprint,
         "evaluation data": evaluation.fingerprint if evaluation is not None else None,
         "weights before the first step": model_digests(job.replica.model),
