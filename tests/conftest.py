@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import hypothesis
 import pytest
 
 from shoal.launch import Context, Ranks
 
 POOL_RANKS = 4
+
+# No timing in a test: a machine that is busy with other workers is not a fault.
+hypothesis.settings.register_profile("shoal", deadline=None)
+hypothesis.settings.load_profile("shoal")
 
 
 class Pool:

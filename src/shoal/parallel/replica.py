@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import shoal
 from shoal.comm import is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Slice
 from shoal.parallel.randomness import StepKey
 from shoal.parallel.statistics import BatchGroups
+
+_LIBRARIES = (torch.__path__[0], shoal.__path__[0])
 
 Objective = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
@@ -213,7 +216,7 @@ def _user_error(what: str, error: Exception) -> ShoalError:
 def _users_line(error: Exception) -> str | None:
     """The innermost line that is neither torch's nor Shoal's: where the user would look."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/shoal/" not in f.filename]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
     return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
 
 
