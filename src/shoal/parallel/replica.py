@@ -11,20 +11,20 @@ import copy
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-import shoal
 from shoal.comm import is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Slice
 from shoal.parallel.randomness import StepKey
 from shoal.parallel.statistics import BatchGroups
 
-_LIBRARIES = (torch.__path__[0], shoal.__path__[0])
+_LIBRARIES = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 Objective = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
