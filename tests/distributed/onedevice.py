@@ -186,18 +186,18 @@ def assembled(groups: Any, case: Case, state: Any = None) -> Any:
 
 
 class Watched:
-    """An agreement that notes the gradients on which replicas have agreed."""
+    """A replica that notes the gradients on which it has agreed with the others."""
 
-    def __init__(self, agreement: Any) -> None:
-        self._agreement = agreement
+    def __init__(self, replica: Any) -> None:
+        self._replica = replica
         self.gradients: dict[str, Tensor] = {}
 
-    def share(self, vector: Tensor) -> Tensor:
-        return self._agreement.share(vector)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replica, name)
 
-    def agree(self, replica: Any) -> None:
-        self._agreement.agree(replica)
-        self.gradients = {n: g.clone() for n, g in gradients(replica.model).items()}
+    def rescale(self, count: float) -> None:
+        self._replica.rescale(count)
+        self.gradients = {n: g.clone() for n, g in gradients(self._replica.model).items()}
 
 
 def trace_job(groups: Any, case: Case) -> Trace:
@@ -205,7 +205,7 @@ def trace_job(groups: Any, case: Case) -> Trace:
     from shoal.train.step import Flags, train_step
 
     job = assembled(groups, case)
-    job.agreement = watched = Watched(job.agreement)
+    job.replica = watched = Watched(job.replica)
     job.replica.body.capture = True
     trace: Trace = {}
     for step in range(len(case.batches)):

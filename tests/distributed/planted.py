@@ -9,18 +9,14 @@ from unittest import mock
 
 import torch
 
+from shoal.comm import Pending
 from shoal.parallel import Share
 from shoal.sync import EveryStep
 
 
 @contextlib.contextmanager
 def gradients_not_summed() -> Iterator[None]:
-    def keep(self, _state, bucket):
-        done = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    with mock.patch.object(EveryStep, "_sum", keep):
+    with mock.patch.object(EveryStep, "_sum", lambda self, bucket: Pending(bucket.flat)):
         yield
 
 
@@ -28,51 +24,61 @@ def gradients_not_summed() -> Iterator[None]:
 def gradients_averaged() -> Iterator[None]:
     summed = EveryStep._sum
 
-    def average(self, state, bucket):
-        return summed(self, state, bucket).then(lambda done: done.value() / self._group.size)
+    def average(self, bucket):
+        pending = summed(self, bucket)
+        pending.wait().div_(self._group.size)
+        return pending
 
     with mock.patch.object(EveryStep, "_sum", average):
         yield
 
 
 @contextlib.contextmanager
-def mean_of_means() -> Iterator[None]:
-    """Each rank divides by its own count, and the ranks' results are averaged."""
-    right = EveryStep.share
+def _divided(divisor) -> Iterator[None]:
+    """Each rank divides its losses by a number of its own: divisor(share, rank, own count)."""
+    from shoal.parallel import Body, Replica
+
+    begin, forward, summed = Replica._begin, Body.forward, EveryStep.share
+    seen = {}
+
+    def note(self, batch, step, share: Share):
+        seen["share"], seen["rank"] = share, self.rank
+        return begin(self, batch, step, share)
+
+    def scaled(self, *batch):
+        total, count = forward(self, *batch)
+        own = divisor(seen["share"], seen["rank"], max(1.0, float(count)))
+        return total * (seen["share"].batch_examples / own), count
 
     def share(self, vector):
-        own = vector.clone()
-        totals = right(self, vector)
-        totals[1] = own[1] * self._group.size
-        return totals
+        totals = summed(self, vector).wait()
+        totals[1] = seen["share"].batch_examples
+        return Pending(totals)
 
-    with mock.patch.object(EveryStep, "share", share):
+    with (
+        mock.patch.object(Replica, "_begin", note),
+        mock.patch.object(Body, "forward", scaled),
+        mock.patch.object(EveryStep, "share", share),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def mean_of_means() -> Iterator[None]:
+    """Each rank divides by its own count, and the ranks' results are averaged."""
+    with _divided(lambda share, rank, own: own * len(share.shares)):
         yield
 
 
 @contextlib.contextmanager
 def tokens_weighted_as_examples() -> Iterator[None]:
     """Shares weigh by their examples, though the objective counts unmasked tokens."""
-    import shoal.parallel.replica as replica_module
 
-    right, begin = EveryStep.share, replica_module.Replica._begin
-    sizes = {}
+    def divisor(share: Share, rank: int, own: float) -> float:
+        start, stop = share.shares[rank]
+        return own * share.batch_examples / max(1, stop - start)
 
-    def note(self, batch, step, share: Share):
-        start, stop = share.shares[self.rank]
-        sizes["weight"] = share.batch_examples / max(1, stop - start)
-        return begin(self, batch, step, share)
-
-    def share(self, vector):
-        own = vector.clone()
-        totals = right(self, vector)
-        totals[1] = own[1] * sizes["weight"]
-        return totals
-
-    with (
-        mock.patch.object(replica_module.Replica, "_begin", note),
-        mock.patch.object(EveryStep, "share", share),
-    ):
+    with _divided(divisor):
         yield
 
 

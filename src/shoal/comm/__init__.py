@@ -6,8 +6,9 @@
 `Groups.alone()` is one process with no group at all: every collective is then the identity.
 """
 
-from shoal.comm.counter import ByteCounter, Purpose
+from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import is_peer_failure, peer_failures
 from shoal.comm.groups import Group, Groups
+from shoal.comm.pending import Pending
 
-__all__ = ["ByteCounter", "Group", "Groups", "Purpose", "is_peer_failure", "peer_failures"]
+__all__ = ["Counter", "Group", "Groups", "Pending", "Purpose", "is_peer_failure", "peer_failures"]

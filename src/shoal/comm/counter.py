@@ -1,4 +1,4 @@
-"""Every byte that a rank gives to a collective, by collective and purpose."""
+"""Every byte that a rank gives to a collective, by collective and purpose; and its waits."""
 
 from collections import defaultdict
 from typing import Literal
@@ -15,11 +15,15 @@ Purpose = Literal[
 ]
 
 
-class ByteCounter:
-    """Payload of this rank's calls: numel × itemsize of each call's input, in bytes."""
+class Counter:
+    """Payload of this rank's calls: numel × itemsize of each call's input, in bytes.
+
+    ``waited_s``: seconds in which this rank stood still for collectives.
+    """
 
     def __init__(self) -> None:
         self._bytes: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.waited_s = 0.0
 
     def add(self, collective: str, purpose: Purpose, count: int) -> None:
         self._bytes[collective, purpose] += count

@@ -1,6 +1,9 @@
 """`Group`, a set of ranks that talk, and `Groups`, all the sets of one generation of ranks."""
 
+import contextlib
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -10,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from shoal.comm.counter import ByteCounter, Purpose
+from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import peer_failures
 from shoal.comm.meeting import open_store
+from shoal.comm.pending import Pending
 
 TIMEOUT_S = 600.0
 
@@ -27,30 +31,41 @@ class Group:
     rank: int
     size: int
     process_group: dist.ProcessGroup | None = None
-    counter: ByteCounter = field(default_factory=ByteCounter)
+    counter: Counter = field(default_factory=Counter)
 
     def _count(self, name: str, purpose: Purpose, tensor: Tensor) -> None:
         self.counter.add(name, purpose, tensor.numel() * tensor.element_size())
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a call that stands still for other ranks."""
+        began = time.perf_counter()
+        with peer_failures():
+            yield
+        self.counter.waited_s += time.perf_counter() - began
 
     def all_reduce(self, tensor: Tensor, purpose: Purpose) -> Tensor:
         """Sum `tensor` over the group, in place; returns it."""
         if self.process_group is not None:
             self._count("all_reduce", purpose, tensor)
-            with peer_failures():
+            with self._waiting():
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
-    def all_reduce_future(self, tensor: Tensor, purpose: Purpose) -> torch.futures.Future[Tensor]:
-        """Start summing `tensor` over the group; a future of the sum."""
+    def all_reduce_later(self, tensor: Tensor, purpose: Purpose, *, agreement: int = 0) -> Pending:
+        """Start summing `tensor` over the group, in place.
+
+        ``agreement``: how many of its elements are for the ranks to agree, not of `purpose`.
+        """
         if self.process_group is None:
-            done: torch.futures.Future[Tensor] = torch.futures.Future()
-            done.set_result(tensor)
-            return done
-        self._count("all_reduce", purpose, tensor)
-        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
-        assert work is not None  # async_op=True in a group that this rank belongs to
-        future: torch.futures.Future[Any] = work.get_future()
-        return future.then(lambda done: done.value()[0])
+            return Pending(tensor)
+        size = tensor.element_size()
+        self.counter.add("all_reduce", purpose, (tensor.numel() - agreement) * size)
+        if agreement:
+            self.counter.add("all_reduce", "agreement", agreement * size)
+        with peer_failures():
+            work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        return Pending(tensor, work, self.counter)
 
     def all_gather(self, tensor: Tensor, purpose: Purpose) -> Tensor:
         """Tensors of one shape from every rank, stacked: ``[size, *tensor.shape]``."""
@@ -68,7 +83,7 @@ class Group:
         if self.process_group is not None:
             if self.rank == source:
                 self._count("broadcast", purpose, tensor)
-            with peer_failures():
+            with self._waiting():
                 dist.broadcast(tensor, group=self.process_group, group_src=source)
         return tensor
 
@@ -128,7 +143,7 @@ class Groups:
         meeting = PrefixStore(generation, open_store(store, rank, world_size, timeout))
         # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        counter = ByteCounter()
+        counter = Counter()
         with peer_failures():
             dist.init_process_group(
                 backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout

@@ -22,7 +22,7 @@ from shoal.parallel.replica import (
     Objective,
     Replica,
     Share,
-    Totals,
+    Start,
     call_model,
     call_objective,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "Objective",
     "Replica",
     "Share",
-    "Totals",
+    "Start",
     "build_replica",
     "call_model",
     "call_objective",

@@ -10,19 +10,13 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from shoal.comm import Group
+from shoal.comm import Group, Pending
 from shoal.errors import RunError
-
-
-class Tracker(Protocol):
-    """A layer that keeps running statistics."""
-
-    def track(self, means: Tensor, variances: Tensor, present: Tensor) -> None: ...
+from shoal.parallel.running import Tracker, track
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,7 @@ class BatchGroups:
     crosses: bool = False
     recomputing: bool = False
     _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
+    _sum: Pending | None = None
 
     def begin(self, rows: Tensor, batch_examples: int, shares: list[tuple[int, int]]) -> None:
         """Set the groups of a step.
@@ -68,6 +63,7 @@ class BatchGroups:
         borders = [stop for _, stop in shares if 0 < stop < batch_examples]
         self.crosses = self.group.size > 1 and any(border % size for border in borders)
         self._pending.clear()
+        self._sum = None
 
     def spans_of(self, rows: int) -> tuple[Span, ...]:
         """The spans of a layer's input of `rows` rows.
@@ -105,22 +101,33 @@ class BatchGroups:
         """Note the statistics ``[groups, C]`` of the groups on this rank; zero for the others."""
         self._pending.append((layer, means, variances))
 
-    def finish(self) -> None:
-        """Bring running statistics up to date where groups lie whole on one rank. Collective.
+    def send(self) -> None:
+        """Start to bring the statistics of groups that lie whole on one rank to all ranks.
 
-        One small collective a step for all layers together; normalising itself needed none.
+        One small collective a step for all layers together, beside the backward pass; normalising
+        itself needed none. Collective, after the forward pass.
         """
         if not self._pending:
             return
-        present = self._pending[0][1].new_zeros(self.count)
+        kind = self._pending[0][1]
+        present = kind.new_zeros(self.count, 1)
         if not self.stands_in:
             present[[span.group for span in self.spans]] = 1.0
-        parts = [torch.stack((m, v)).flatten() for _, m, v in self._pending]
+        parts = [present, *(part.to(kind.dtype) for _, m, v in self._pending for part in (m, v))]
         # Every group is on exactly one rank, and zero on the others: the sum is exact.
-        everywhere = self.group.all_reduce(torch.cat((present, *parts)), "activation")
-        start = self.count
-        for layer, mean, _ in self._pending:
-            means, variances = everywhere[start : start + 2 * mean.numel()].view(2, *mean.shape)
-            layer.track(means, variances, everywhere[: self.count] > 0)
-            start += 2 * mean.numel()
+        self._sum = self.group.all_reduce_later(torch.cat(parts, 1), "activation")
+
+    def finish(self) -> None:
+        """Bring running statistics up to date, if `send` has sent any. Collective."""
+        if self._sum is None:
+            return
+        layers = [layer for layer, _, _ in self._pending]
+        present, *statistics = torch.split(self._sum.wait(), [1, *self._widths()], 1)
+        track(layers, statistics, present.flatten())
         self._pending.clear()
+        self._sum = None
+
+    def _widths(self) -> Iterator[int]:
+        for _, means, variances in self._pending:
+            yield means.shape[1]
+            yield variances.shape[1]

@@ -1,10 +1,15 @@
 """`Replica`: one whole copy of the model, on one rank, as the training step sees it.
 
-    totals = replica.forward_backward(batch, step, share)     # Σ loss and Σ count, of all replicas
-    outputs = replica.forward(batch)
+    totals = replica.forward_backward(batch, step, share, start)  # Σ loss, Σ count of all replicas
+    agreement.agree(replica)                                      # gradients are summed
+    replica.rescale(count)
+    outputs = replica.forward(batch, step, share)
 
 The loss goes *into* the replica, as a pipeline runs forward, loss and backward by itself. A rank
-back-propagates its own sum of losses ÷ the global count, so gradients have only to be summed.
+back-propagates its own sum of losses ÷ the number of examples of the global batch, which every rank
+knows beforehand; the true global count is summed while the backward pass goes on, and where it is
+another (masked tokens, examples left out) `rescale` multiplies the sum of gradients by the
+quotient. So no rank waits for another between forward and backward.
 """
 
 import copy
@@ -18,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from shoal.comm import is_peer_failure
+from shoal.comm import Pending, is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Slice
 from shoal.parallel.randomness import StepKey
@@ -27,6 +32,7 @@ from shoal.parallel.statistics import BatchGroups
 _LIBRARIES = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 Objective = Callable[[Any, Any], tuple[Tensor, Tensor]]
+Start = Callable[[Tensor], Pending]
 
 
 class LocalBatch(Protocol):
@@ -62,18 +68,6 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over the whole global batch: of losses, and of what the losses are counted in."""
-
-    loss_sum: float
-    count: float
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.count if self.count else 0.0
-
-
-@dataclass(frozen=True)
 class Numerics:
     """How a replica computes: parameters in `dtype`; `bf16` is autocast with float32 parameters."""
 
@@ -83,10 +77,7 @@ class Numerics:
 
 
 class Body(nn.Module):
-    """Model and objective as one module that returns (Σ loss, Σ count): what DDP wraps.
-
-    So DDP sees one tensor whatever the model returns: a tuple, a dict, a dataclass.
-    """
+    """Model and objective as one module that returns (Σ loss, Σ count)."""
 
     def __init__(self, model: nn.Module, objective: Objective, numerics: Numerics) -> None:
         super().__init__()
@@ -119,7 +110,7 @@ class Replica:
         self.ranks = groups.group.size
         self._groups = groups
         self._randomness = randomness
-        self._trained: nn.Module = body
+        self._divisor = 1.0
 
     @property
     def model(self) -> nn.Module:
@@ -136,21 +127,15 @@ class Replica:
         state = self.model.state_dict(keep_vars=True)
         return {name: Slice.whole(tuple(tensor.shape)) for name, tensor in state.items()}
 
-    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
-        """Let the agreement put its hooks around model and objective (DDP)."""
-        self._trained = wrapper(self.body)
+    def forward_backward(self, batch: LocalBatch, step: int, share: Share, start: Start) -> Tensor:
+        """Leave in ``.grad`` the gradient of this rank's losses ÷ the examples of the global batch.
 
-    def forward_backward(
-        self, batch: LocalBatch, step: int, share: Share, agree: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Leave in ``.grad`` the gradient of this rank's losses ÷ the global count.
-
-        ``agree`` sums a small float64 vector over all replicas; what it returns is this method's
-        result: ``[Σ loss, Σ count, …]`` of the global batch. Raises `NoGradient` for a loss that no
-        parameter can learn from.
+        ``start`` begins to sum a small float64 vector over all replicas; what comes of it is this
+        method's result: ``[Σ loss, Σ count, …]`` of the global batch, for `rescale`. Raises
+        `NoGradient` for a loss that no parameter can learn from.
         """
         self._begin(batch, step, share)
-        loss_sum, count = self._trained(batch.inputs, batch.targets)
+        loss_sum, count = self.body(batch.inputs, batch.targets)
         if not loss_sum.requires_grad:
             raise NoGradient(
                 "the objective's result has no gradient: no parameter can learn from it",
@@ -160,12 +145,19 @@ class Replica:
                 step=step,
                 phase="backward",
             )
-        local = torch.stack((loss_sum.detach().double(), count.detach().double())).cpu()
-        totals = agree(local)
-        global_count = float(totals[1]) or 1.0  # nothing counted: a loss and a gradient of zero
-        (loss_sum / global_count).backward()
+        totals = start(torch.stack((loss_sum.detach().double(), count.detach().double())))
+        self._groups.send()
+        self._divisor = float(max(1, share.batch_examples))
+        (loss_sum / self._divisor).backward()
         self._groups.finish()
-        return totals
+        return totals.wait()
+
+    def rescale(self, count: float) -> None:
+        """Make of gradients per example those per what the objective counts, `count` in all."""
+        # Nothing counted: a loss and a gradient of zero.
+        if count not in (0.0, self._divisor):
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._divisor / count)
 
     def forward(self, batch: LocalBatch, step: int, share: Share) -> Any:
         """Outputs for this rank's rows, without gradient."""

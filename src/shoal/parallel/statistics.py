@@ -6,7 +6,8 @@ and the running statistics take one step per group, in the order of groups, on o
 
     groups = BatchGroups(normalize_over=None, group=groups.statistics)
     use_groups(model, groups)                                # every batch norm of the model
-    groups.begin(rows, batch_examples, shares)               # then forward and backward
+    groups.begin(rows, batch_examples, shares)               # then forward
+    groups.send()                                            # then backward
     groups.finish()
 """
 
@@ -17,7 +18,8 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from shoal.errors import Refused
 from shoal.parallel.across import BatchNormAcross
-from shoal.parallel.batch_groups import BatchGroups
+from shoal.parallel.batch_groups import BatchGroups, Span
+from shoal.parallel.running import track
 from shoal.parallel.single_value import refuse_single
 from shoal.parallel.specialise import specialise
 
@@ -29,7 +31,6 @@ class GroupBatchNorm(_BatchNorm):
 
     groups: BatchGroups
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[N, C, …]``. Collective where a group lies on several ranks."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -47,32 +48,36 @@ class GroupBatchNorm(_BatchNorm):
 
     def _within(self, input: Tensor) -> Tensor:
         """Every group lies whole on one rank: torch's own kernel on each group's rows."""
-        outputs = []
         kind = torch.promote_types(input.dtype, torch.float32)
         means = input.new_zeros(self.groups.count, self.num_features, dtype=kind)
         variances = torch.zeros_like(means)
         if self.groups.stands_in:
-            outputs.append(self._by_itself(input))
-        for span in () if self.groups.stands_in else self.groups.spans_of(input.shape[0]):
-            part = input[span.rows]
-            if part.numel() == part.shape[1]:
-                raise refuse_single(span.group)
-            # A momentum of 1 leaves the group's own mean and unbiased variance in the rows.
-            outputs.append(
-                functional.batch_norm(
-                    part,
-                    means[span.group],
-                    variances[span.group],
-                    self.weight,
-                    self.bias,
-                    training=True,
-                    momentum=1.0,
-                    eps=self.eps,
-                )
-            )
+            outputs = [self._by_itself(input)]
+        else:
+            spans = self.groups.spans_of(input.shape[0])
+            parts = zip(_cut(input, spans), spans, strict=True)
+            outputs = [self._of_group(part, s.group, means, variances) for part, s in parts]
         if self._tracks:
             self.groups.track_later(self, means, variances)
+        if len(outputs) == 1:
+            return outputs[0]
         return torch.cat(outputs) if outputs else _empty_like(input, self.weight, self.bias)
+
+    def _of_group(self, part: Tensor, group: int, means: Tensor, variances: Tensor) -> Tensor:
+        """The rows of one group, normalised; its statistics go into their rows."""
+        if part.numel() == part.shape[1]:
+            raise refuse_single(group)
+        # A momentum of 1 leaves the group's own mean and unbiased variance in the rows.
+        return functional.batch_norm(
+            part,
+            means[group],
+            variances[group],
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=1.0,
+            eps=self.eps,
+        )
 
     def _by_itself(self, input: Tensor) -> Tensor:
         """Rows without weight, whose output only has to be a sensible number."""
@@ -81,34 +86,33 @@ class GroupBatchNorm(_BatchNorm):
         variance, mean = torch.var_mean(input.detach().to(kind), axes, correction=0)
         return functional.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _across(self, input: Tensor) -> Tensor:
         """Some group lies on several ranks: combine the parts, here and in the backward pass."""
         output, means, variances, counts = BatchNormAcross.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.eps, self.groups
         )
         if self._tracks:
-            self.track(means, variances, counts.flatten() > 0)
+            self.track(means, variances, (counts.flatten() > 0).to(means.dtype))
         return output  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def track(self, means: Tensor, variances: Tensor, present: Tensor) -> None:
         """One step of the running statistics for each group that is `present`, in their order.
 
         A group is absent if none of its examples could be read.
         """
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        for mean, variance, there in zip(means, variances, present.tolist(), strict=True):
-            if not there:
-                continue
-            factor = self.momentum
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if factor is None:  # a plain average over all groups so far
-                    factor = 1.0 / float(self.num_batches_tracked)
-            factor = factor or 0.0
-            self.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
-            self.running_var.mul_(1 - factor).add_(variance, alpha=factor)
+        track([self], [means, variances], present)
+
+
+def _cut(input: Tensor, spans: tuple[Span, ...]) -> tuple[Tensor, ...]:
+    """The rows of each span. One alone is the input itself: cutting and joining would copy it.
+
+    Several by `split`, whose backward pass is one copy, where slices have one each.
+    """
+    if len(spans) < 2:
+        return (input,) * len(spans)
+    lengths = [span.rows.stop - span.rows.start for span in spans]
+    return torch.split(input, lengths)
 
 
 def _empty_like(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -1,27 +1,32 @@
 """What every way of agreeing has in common."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from shoal.comm import Pending
+
 
 class Replica(Protocol):
-    """What an agreement needs of a replica: its model, and a place for hooks around it."""
+    """What an agreement needs of a replica: its model."""
 
     @property
     def model(self) -> nn.Module: ...
-    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None: ...
 
 
 class Agreement(Protocol):
     """How replicas come to the same weights."""
 
-    def attach(self, replica: Replica) -> None:
-        """Put hooks around the replica, once, before the first step. Collective."""
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of communication so far during which this rank computed."""
+        ...
 
-    def share(self, vector: Tensor) -> Tensor:
-        """Sum a small float64 vector over the replicas. Collective, once a step."""
+    def attach(self, replica: Replica) -> None:
+        """Put hooks on the replica's parameters, once, before the first step. Collective."""
+
+    def share(self, vector: Tensor) -> Pending:
+        """Start summing a small float64 vector over the replicas. Collective, once a step."""
         ...
 
     def agree(self, replica: Replica) -> None:
@@ -31,11 +36,13 @@ class Agreement(Protocol):
 class Alone:
     """One replica: there is nobody to agree with."""
 
+    hidden_s = 0.0
+
     def attach(self, replica: Replica) -> None:
         return
 
-    def share(self, vector: Tensor) -> Tensor:
-        return vector
+    def share(self, vector: Tensor) -> Pending:
+        return Pending(vector)
 
     def agree(self, replica: Replica) -> None:
         return

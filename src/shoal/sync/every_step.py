@@ -1,45 +1,29 @@
 """`sync`: gradients are summed over the replicas at each step, while the backward pass goes on.
 
-torch's DistributedDataParallel does the work, with three settings that matter:
+    backward     last layer ─ … ─ … ─ first layer
+    bucket 0         └─ sum ─┘
+    bucket 1                └─── sum ───┘
+    bucket 2                            └─ sum ─┘ exposed: nothing is left to compute meanwhile
 
-- A communication hook *sums*. DDP's default averages, which is right only for equal shares; here
-  each rank has back-propagated its losses ÷ the global count, so the sum is the global gradient for
-  any shares, empty ones included.
-- ``find_unused_parameters=True``. Without it DDP regroups its buckets by the order in which the
-  first step's gradients arrived; gloo's ring sums an element in an order that depends on its place
-  in the bucket, so a resumed run would differ in the last bit from an undisturbed one on 3 ranks
-  and more. With it the buckets stay as they were made, and parameters that a step does not use are
-  handled as on one device. Its cost is in LOG.md.
-- Buffers are not DDP's business: batch statistics are equal on all replicas by construction.
+Each rank has back-propagated its losses ÷ one number that all ranks divide by, so the *sum* is the
+global gradient for any shares, empty ones included. Buckets are sent in one order on all ranks.
+
+torch's DistributedDataParallel is not used. It regroups its buckets after the first step by the
+order in which gradients arrived; gloo's ring sums an element in an order that depends on its place
+in the bucket, so that on 3 ranks and more a resumed run would differ in the last bit from an
+undisturbed one. With `find_unused_parameters=True` its buckets stay, at the price of a walk through
+the graph and one more collective at each step (figures in LOG.md). Here buckets depend on the model
+alone, and which parameters were used travels with the gradients.
 """
 
-from typing import Any
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
-
-from shoal.comm import Group
-from shoal.errors import Refused
+from shoal.comm import Group, Pending
+from shoal.errors import Refused, RunError
 from shoal.sync.agreement import Replica
+from shoal.sync.bucket import Bucket, cut
 
-
-class _WithUnused(nn.Module):
-    """The replica's body, beside a parameter of no elements that is never used.
-
-    DDP warns in each process that looks for unused parameters and finds none; that comes from C++,
-    where neither `warnings` nor, once torch is imported, a variable reaches it.
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        device = next(body.parameters()).device
-        self.body = body
-        self.unused = nn.Parameter(torch.empty(0, device=device))
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.body(*inputs)
+BUCKET_BYTES = 8 << 20
 
 
 class EveryStep:
@@ -47,43 +31,73 @@ class EveryStep:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._map_bytes = 0
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[int, Bucket] = {}
+        self._sent = 0
+        self.hidden_s = 0.0
 
     def attach(self, replica: Replica) -> None:
-        if not any(parameter.requires_grad for parameter in replica.model.parameters()):
+        trained = [p for p in replica.model.parameters() if p.requires_grad]
+        if not trained:
             raise Refused(
                 "every parameter of this model is frozen (requires_grad is False): "
                 "there is nothing to train",
                 hint="Unfreeze at least one parameter.",
             )
-        replica.wrap(self._wrapped)
+        self._buckets = cut(reversed(trained), BUCKET_BYTES)
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                self._bucket_of[id(parameter)] = bucket
+                parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
-    def _wrapped(self, body: nn.Module) -> nn.Module:
-        module = _WithUnused(body)
-        # All buffers are ignored, rather than `broadcast_buffers=False`: torch 2.13 deprecates the
-        # latter, and its successor would still broadcast them once.
-        buffers = [name for name, _ in module.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-            module, buffers
-        )
-        wrapped = DistributedDataParallel(
-            module,
-            process_group=self._group.process_group,
-            init_sync=False,  # initial weights are equal: start-up compares their digests
-            find_unused_parameters=True,
-            gradient_as_bucket_view=True,
-        )
-        wrapped.register_comm_hook(None, self._sum)
-        # With each backward pass DDP sums a map of which parameters were used, an int32 for each.
-        self._map_bytes = 4 * sum(p.requires_grad for p in module.parameters())
-        return wrapped
+    def _arrived(self, parameter: Tensor) -> None:
+        """The gradient of a parameter is complete: send what has become full, in order."""
+        bucket = self._bucket_of[id(parameter)]
+        if bucket.pending is not None:
+            raise RunError(
+                f"the gradient of a parameter of shape {list(parameter.shape)} was added to twice "
+                "in one backward pass",
+                hint="A reentrant checkpoint does that: call torch.utils.checkpoint with "
+                "use_reentrant=False.",
+                phase="backward",
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise Refused(
+                f"a parameter of shape {list(parameter.shape)} has a sparse gradient, and replicas "
+                "sum dense ones",
+                hint="Make the embedding with sparse=False.",
+            )
+        bucket.arrived.add(id(parameter))
+        while self._sent < len(self._buckets) and self._buckets[self._sent].is_full:
+            self._send_next()
 
-    def _sum(self, _state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        return self._group.all_reduce_future(bucket.buffer(), "gradient")
+    def _send_next(self) -> None:
+        bucket = self._buckets[self._sent]
+        bucket.fill()
+        bucket.pending = self._sum(bucket)
+        self._sent += 1
 
-    def share(self, vector: Tensor) -> Tensor:
-        return self._group.all_reduce(vector, "metric")
+    def _sum(self, bucket: Bucket) -> Pending:
+        used = len(bucket.parameters)
+        return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
+
+    def share(self, vector: Tensor) -> Pending:
+        return self._group.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
-        """Nothing is left to do: the backward pass has waited for the sums."""
-        self._group.counter.add("all_reduce", "agreement", self._map_bytes)
+        """Send what is left (parameters that the step did not use), and wait for the sums."""
+        while self._sent < len(self._buckets):
+            self._send_next()
+        waited, under_way = self._group.counter.waited_s, 0.0
+        last_end = 0.0
+        for bucket in self._buckets:
+            pending = bucket.pending
+            assert pending is not None  # all have been sent
+            pending.wait()
+            ended = pending.ended or pending.began
+            under_way += max(0.0, ended - max(pending.began, last_end))
+            last_end = max(last_end, ended)
+            bucket.settle()
+        self._sent = 0
+        waited = self._group.counter.waited_s - waited
+        self.hidden_s += max(0.0, under_way - waited)

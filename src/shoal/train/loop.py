@@ -16,6 +16,7 @@ from shoal.train.commit import Committer
 from shoal.train.located import located
 from shoal.train.step import Flags, StepResult, train_step
 from shoal.train.stop import Convergence
+from shoal.train.times import StepTimes
 
 LOGGED_STEPS = 2000  # at most so many lines of training in metrics.jsonl
 SHOWN_EVERY_S = 0.1
@@ -55,6 +56,7 @@ class Loop:
         self.convergence = Convergence(recipe.stop.metric if recipe.stop else "loss")
         self.committer = Committer(job, recipe, run, strategy, self._send)
         self.bad_examples = BadExamples(job.groups.world, run, self._send)
+        self.times = StepTimes()
         self.metrics: dict[str, float] = {}
         self._log_every = max(1, math.ceil(self.total / LOGGED_STEPS))
         self._started = time.monotonic()
@@ -95,7 +97,7 @@ class Loop:
         self.watch.lap("start_up")
         # Asked to stop before the first step: the ranks agree in a step, so do that one.
         while step < self.total and not stopping and self._reason is None:
-            result = train_step(self.job, step, self._flags(stop_requested()))
+            result = train_step(self.job, step, self._flags(stop_requested()), self.times)
             step += 1
             self.watch.lap("step")
             stopping = result.flags.stop > 0

@@ -197,6 +197,7 @@ def _summary(
     trained = job.workload.samples_before(outcome.steps)
     first = job.workload.samples_before(job.next_step)
     seconds = loop.watch.seconds
+    split = loop.times.timings(seconds.get("step", 0.0))
     saved = loop.committer.last
     checkpoint = saved.path if saved is not None else state.path if state is not None else None
     return {
@@ -211,7 +212,7 @@ def _summary(
         "bad_examples": loop.bad_examples.count,
         "peak_memory_bytes": [each["peak"] for each in everywhere],
         "comm_bytes": _by_rank([each["bytes"] for each in everywhere]),
-        "timings": {name: round(value, 4) for name, value in seconds.items()},
+        "timings": {name: round(value, 4) for name, value in (seconds | split).items()},
         "versions": versions(),
         "checkpoint": str(checkpoint) if checkpoint is not None else None,
         "resumed_from_step": state.step if state is not None else None,

@@ -1,4 +1,4 @@
-"""One training step: read → forward, backward → agree → clip → update.
+"""One training step: read → forward, backward → agree → rescale → clip → update.
 
 Beside the sums of losses and counts, one small vector carries what the ranks have to decide
 together: whether one was asked to stop, what rank 0's clock says, how many examples were bad.
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm import Group
+from shoal.comm import Group, Pending
 from shoal.errors import NotFinite
 from shoal.job import Job
 from shoal.train.located import located
+from shoal.train.times import Split, StepTimes
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,41 @@ class StepResult:
     bad: Sequence[Any] = ()
 
 
-def train_step(job: Job, step: int, flags: Flags) -> StepResult:
+def train_step(job: Job, step: int, flags: Flags, times: StepTimes | None = None) -> StepResult:
     """Do step `step` (0-based) on this rank. Collective; all but ``bad`` is equal on all ranks.
 
-    Raises `NotFinite` on every rank, naming the first rank whose loss was not a number.
+    ``times``: where to book what the parts of the step took. Raises `NotFinite` on every rank,
+    naming the first rank whose loss was not a number.
     """
     with located(job.groups.world.rank, step):
-        return _step(job, step, flags)
+        return _step(job, step, flags, Split(times or StepTimes(), job.groups.world.counter))
 
 
-def _step(job: Job, step: int, flags: Flags) -> StepResult:
+def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     batch, share = job.read(step)
     bad = getattr(batch, "bad", ())
     flags = Flags(flags.stop, flags.seconds, float(len(bad)))
     learning_rate = job.set_learning_rate(step)
+    split.book("input")
+    own: list[Tensor] = []
 
-    def agree(local: Tensor) -> Tensor:
-        totals = job.agreement.share(torch.cat((local, flags.vector())))
-        if not math.isfinite(float(totals[0])):
-            _refuse(local, job.groups.data, step)
-        return totals
+    def start(local: Tensor) -> Pending:
+        split.book("forward")
+        own.append(local)
+        return job.agreement.share(torch.cat((local, flags.vector().to(local.device))))
 
-    totals = job.replica.forward_backward(batch, step, share, agree).tolist()
+    totals = job.replica.forward_backward(batch, step, share, start)
+    split.book("backward")
+    loss_sum, count, *shared = totals.tolist()
+    if not math.isfinite(loss_sum):
+        _refuse(own[0], job.groups.data, step)
+    hidden = job.agreement.hidden_s
     job.agreement.agree(job.replica)
+    split.hidden(job.agreement.hidden_s - hidden)
+    split.book("communication_exposed")
+    job.replica.rescale(count)
     job.update()
-    loss_sum, count, *shared = totals
+    split.book("optimizer")
     loss = loss_sum / count if count else 0.0
     return StepResult(loss, count, learning_rate, Flags(*shared), bad)
 

@@ -59,6 +59,7 @@ class Reference:
         outputs = call(self.model, batch.inputs)
         loss_sum, count = self.workload.objective(outputs, batch.targets)
         loss = loss_sum / (count if float(count) else 1.0)
+        self._groups.send()
         loss.backward()  # type: ignore[no-untyped-call]
         self._groups.finish()
         if self.workload.clip_norm is not None:

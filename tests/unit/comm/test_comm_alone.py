@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-from shoal.comm import ByteCounter, Groups, is_peer_failure, peer_failures
+from shoal.comm import Counter, Groups, is_peer_failure, peer_failures
 from shoal.errors import PeerLost, WorldError
 
 
@@ -15,7 +15,7 @@ def test_alone_every_collective_is_the_identity() -> None:
     assert (group.rank, group.size, groups.world.size, groups.statistics.size) == (0, 1, 1, 1)
     tensor = torch.arange(3.0)
     assert group.all_reduce(tensor, "metric") is tensor
-    assert group.all_reduce_future(tensor, "gradient").wait() is tensor
+    assert group.all_reduce_later(tensor, "gradient").wait() is tensor
     assert group.broadcast(tensor, 0, "parameter") is tensor
     assert torch.equal(group.all_gather(tensor, "metric"), tensor[None])
     assert group.all_gather_json({"ü": [1]}) == [{"ü": [1]}]
@@ -29,7 +29,7 @@ def test_one_rank_is_alone_wherever_it_would_meet() -> None:
 
 
 def test_counter_sums_by_collective_and_purpose() -> None:
-    counter = ByteCounter()
+    counter = Counter()
     for purpose, count in (("metric", 3), ("gradient", 8), ("metric", 4)):
         counter.add("all_reduce", purpose, count)
     counter.add("all_gather", "metric", 1)

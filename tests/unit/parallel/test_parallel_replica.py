@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.comm import Group
+from shoal.comm import Group, Pending
 from shoal.errors import NoGradient, Refused, UserCodeError
 from shoal.layout import Slice
 from shoal.learn.objectives import CrossEntropy
@@ -41,9 +41,11 @@ def linear() -> nn.Module:
 def test_gradient_is_that_of_the_sum_over_the_global_count() -> None:
     model, data = linear(), batch()
     # Another rank has brought a loss of 5 over 14 examples.
-    totals = replica(model).forward_backward(
-        data, 0, share(), lambda local: local + torch.tensor([5.0, 14.0])
+    ours = replica(model)
+    totals = ours.forward_backward(
+        data, 0, share(), lambda local: Pending(local + torch.tensor([5.0, 14.0]))
     )
+    ours.rescale(float(totals[1]))
     loss = nn.functional.cross_entropy(model(data.inputs), data.targets, reduction="sum")
     expected = torch.autograd.grad(loss / 20, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -55,7 +57,7 @@ def test_gradient_is_that_of_the_sum_over_the_global_count() -> None:
 
 def test_nothing_counted_anywhere_is_a_loss_and_a_gradient_of_zero() -> None:
     model = linear()
-    totals = replica(model).forward_backward(batch(0), 0, share(0), lambda local: local)
+    totals = replica(model).forward_backward(batch(0), 0, share(0), Pending)
     assert totals.tolist() == [0.0, 0.0]
     assert not model.weight.grad.any()
 
@@ -63,7 +65,7 @@ def test_nothing_counted_anywhere_is_a_loss_and_a_gradient_of_zero() -> None:
 def test_norm_of_the_whole_gradient() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
     ours = replica(model)
-    ours.forward_backward(batch(), 0, share(), lambda local: local)
+    ours.forward_backward(batch(), 0, share(), Pending)
     every = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(ours.gradient_norm(), every.norm())
 
@@ -79,7 +81,7 @@ def test_bf16_leaves_parameters_and_gradients_in_float32() -> None:
     ours = replica(model, numerics=Numerics(torch.float32, bf16=True))
     data = batch()
     data.inputs = data.inputs.float()
-    ours.forward_backward(data, 0, share(), lambda local: local)
+    ours.forward_backward(data, 0, share(), Pending)
     assert model.weight.grad.dtype == torch.float32
     assert ours.forward(data, 0, share()).dtype == torch.bfloat16
 
@@ -94,7 +96,7 @@ def test_bf16_leaves_parameters_and_gradients_in_float32() -> None:
 )
 def test_a_loss_without_a_gradient_is_said(objective: Any) -> None:
     with pytest.raises(NoGradient, match="no parameter can learn") as error:
-        replica(linear(), objective).forward_backward(batch(), 4, share(), lambda local: local)
+        replica(linear(), objective).forward_backward(batch(), 4, share(), Pending)
     assert error.value.step == 4
 
 
@@ -109,14 +111,14 @@ class Failing(nn.Module):
 
 def test_errors_of_the_users_model_and_objective_are_theirs() -> None:
     with pytest.raises(UserCodeError, match="the model's forward failed: KeyError") as error:
-        replica(Failing()).forward_backward(batch(), 0, share(), lambda local: local)
+        replica(Failing()).forward_backward(batch(), 0, share(), Pending)
     assert "test_parallel_replica.py" in str(error.value)
 
     def objective(outputs: Tensor, targets: Tensor) -> Any:
         raise ValueError("my objective")
 
     with pytest.raises(UserCodeError, match="the objective failed: ValueError: my objective"):
-        replica(linear(), objective).forward_backward(batch(), 0, share(), lambda local: local)
+        replica(linear(), objective).forward_backward(batch(), 0, share(), Pending)
 
 
 def test_one_rank_and_the_whole_batch_keep_torchs_own_norm() -> None:
@@ -142,7 +144,7 @@ def test_a_rank_without_a_share_reads_the_first_example_without_weight() -> None
     model = linear()
     ours = replica(model)
     ours.body.capture = True
-    totals = ours.forward_backward(batch(1), 0, Share(1, ((1, 1),)), lambda local: local)
+    totals = ours.forward_backward(batch(1), 0, Share(1, ((1, 1),)), Pending)
     assert totals.tolist() == [0.0, 0.0]
     assert not model.weight.grad.any()
     assert ours.body.captured.shape == (0, 3)
@@ -164,7 +166,7 @@ def test_outputs_are_captured_whatever_holds_them() -> None:
     model = Answering(4, 3).double()
     ours = replica(model, lambda outputs, _: (outputs["answer"].logits.sum(), torch.tensor(6.0)))
     ours.body.capture = True
-    ours.forward_backward(batch(), 0, share(), lambda local: local)
+    ours.forward_backward(batch(), 0, share(), Pending)
     answer = ours.body.captured["answer"]
     assert ours.body.captured["number"] == 3
     assert answer.name == "kept"

@@ -85,6 +85,11 @@ def twins(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.double(), copy.deepcopy(layer).double()
 
 
+def finish(groups: BatchGroups) -> None:
+    groups.send()
+    groups.finish()
+
+
 LAYERS = [
     lambda: nn.BatchNorm1d(3),
     lambda: nn.BatchNorm1d(3, momentum=None),
@@ -104,7 +109,7 @@ def test_groups_on_one_device_are_batches_one_after_the_other(make: Any) -> None
         ours = torch.randn(10, 3, 5, dtype=torch.float64, requires_grad=True)
         theirs = ours.detach().clone().requires_grad_()
         found, expected = model(ours), torch.cat([plain(part) for part in theirs.split(4)])
-        groups.finish()
+        finish(groups)
         torch.testing.assert_close(found, expected)
         for output, input in ((found, ours), (expected, theirs)):
             (output * torch.linspace(-1, 1, 5)).pow(3).sum().backward()
@@ -123,7 +128,7 @@ def test_statistics_that_are_not_to_be_tracked_are_left_alone() -> None:
     use_groups(nn.Sequential(layer), groups)
     input = torch.randn(8, 3, dtype=torch.float64) + 4
     torch.testing.assert_close(layer(input), plain(input))
-    groups.finish()
+    finish(groups)
     assert torch.equal(layer.running_mean, plain.running_mean)
     assert torch.equal(layer.num_batches_tracked, plain.num_batches_tracked)
 
@@ -136,7 +141,7 @@ def test_a_group_of_unreadable_examples_leaves_no_trace() -> None:
     use_groups(nn.Sequential(layer), groups)
     input = torch.randn(6, 3, dtype=torch.float64) + 4
     torch.testing.assert_close(layer(input), torch.cat((plain(input[:4]), plain(input[4:]))))
-    groups.finish()
+    finish(groups)
     torch.testing.assert_close(layer.running_mean, plain.running_mean)
     assert int(layer.num_batches_tracked) == 2
 
@@ -147,7 +152,7 @@ def test_a_frozen_layer_uses_what_it_has_learnt() -> None:
     use_groups(nn.Sequential(layer), groups)
     input = torch.randn(8, 3, dtype=torch.float64)
     assert torch.equal(layer.eval()(input), plain.eval()(input))
-    groups.finish()
+    finish(groups)
     assert int(layer.num_batches_tracked) == 0
 
 
@@ -157,7 +162,7 @@ def test_no_rows_still_lead_a_gradient_to_the_parameters() -> None:
     groups.begin(torch.arange(0), 4, [(0, 4)])
     use_groups(nn.Sequential(layer), groups)
     layer(torch.empty(0, 3)).sum().backward()
-    groups.finish()
+    finish(groups)
     assert layer.weight.grad is not None
     assert not layer.weight.grad.any()
     assert int(layer.num_batches_tracked) == 0
@@ -247,7 +252,7 @@ def test_rows_without_weight_leave_no_trace() -> None:
     output = layer(torch.full((1, 3), 1000.0, requires_grad=True))
     assert bool(output.isfinite().all())
     (output * 0.0).sum().backward()
-    groups.finish()
+    finish(groups)
     assert not layer.weight.grad.any()
     assert int(layer.num_batches_tracked) == 0
     assert not layer.running_mean.any()

@@ -1,0 +1,90 @@
+"""Parameters whose gradients travel together, in one flat tensor.
+
+    flat   [ gradient of the last layer | of the one before | … | used, used, … ]
+
+The tail counts, for each parameter, the ranks on which the step has used it: one that no rank has
+used gets no gradient, as on one device, and no further collective is needed to know.
+
+    buckets = cut(parameters, max_bytes=8 << 20)      # last parameters first: as gradients arrive
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm import Pending
+
+
+class Bucket:
+    """Some parameters of one type on one device, and what the step in hand has of them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.arrived: set[int] = set()  # ids
+        self.pending: Pending | None = None
+        elements = sum(parameter.numel() for parameter in parameters)
+        self.flat = torch.zeros(
+            elements + len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        self._used = self.flat[elements:]
+        self._views, start = [], 0
+        for parameter in parameters:
+            self._views.append(_view(self.flat, start, parameter))
+            start += parameter.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every gradient is there."""
+        return len(self.arrived) == len(self.parameters)
+
+    def fill(self) -> None:
+        """Bring the gradients that are there into `flat`, and let the parameters' lie there."""
+        views, gradients = [], []
+        self._used.fill_(1.0)
+        for place, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+            if id(parameter) not in self.arrived or parameter.grad is None:
+                view.zero_()
+                self._used[place] = 0.0
+            else:
+                views.append(view)
+                gradients.append(parameter.grad)
+                parameter.grad = view
+        if views:
+            torch._foreach_copy_(views, gradients)
+
+    def settle(self) -> None:
+        """Once `flat` is the sum: give gradients to parameters that only other ranks have used."""
+        if not self.is_full:
+            used = self._used.tolist()
+            for parameter, view, ranks in zip(self.parameters, self._views, used, strict=True):
+                parameter.grad = view if ranks else None
+        self.arrived.clear()
+        self.pending = None
+
+
+def cut(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[Bucket]:
+    """Buckets of at most `max_bytes` (or one parameter), in the order of `parameters`."""
+    buckets: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        if not buckets or size > room or _kind(parameter) != _kind(buckets[-1][-1]):
+            buckets.append([])
+            room = max_bytes
+        buckets[-1].append(parameter)
+        room -= size
+    return [Bucket(each) for each in buckets]
+
+
+def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:
+    return parameter.dtype, parameter.device
+
+
+def _view(flat: Tensor, start: int, parameter: nn.Parameter) -> Tensor:
+    """The parameter's place in `flat`, with its strides: optimizers are slow over others."""
+    shape, strides = parameter.shape, parameter.stride()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if parameter.numel() and extent == parameter.numel():  # dense, in whatever order
+        return flat.as_strided(shape, strides, start)
+    return flat[start : start + parameter.numel()].view(shape)

@@ -1,0 +1,90 @@
+"""Buckets: which parameters travel together, and what becomes of those that a step leaves out."""
+
+import pytest
+import torch
+from torch import nn
+
+from shoal.comm import Group
+from shoal.errors import Refused, RunError
+from shoal.sync import EveryStep
+from shoal.sync.bucket import cut
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in shapes]
+
+
+def test_buckets_keep_the_order_and_the_limit() -> None:
+    given = parameters((4,), (4,), (9,), (1,), (1,))
+    buckets = cut(given, max_bytes=4 * 8)
+    assert [[p.numel() for p in bucket.parameters] for bucket in buckets] == [[4, 4], [9], [1, 1]]
+    assert [id(p) for bucket in buckets for p in bucket.parameters] == [id(p) for p in given]
+
+
+def test_types_do_not_mix() -> None:
+    given = parameters((2,)) + parameters((2,), dtype=torch.float64) + parameters((2,))
+    kinds = [bucket.flat.dtype for bucket in cut(given, max_bytes=1 << 20)]
+    assert kinds == [torch.float32, torch.float64, torch.float32]
+
+
+def test_gradients_keep_the_strides_of_their_parameters() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    cut_out = nn.Parameter(torch.randn(6, 4)[:, :2])  # not dense: its gradient is
+    (bucket,) = cut([weight, cut_out], max_bytes=1 << 20)
+    for parameter in (weight, cut_out):
+        parameter.grad = torch.randn_like(parameter)
+        bucket.arrived.add(id(parameter))
+    expected = [weight.grad.clone(), cut_out.grad.clone()]
+    bucket.fill()
+    assert weight.grad.stride() == weight.stride()
+    for parameter, gradient in zip((weight, cut_out), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+        assert parameter.grad.untyped_storage().data_ptr() == bucket.flat.data_ptr()
+
+
+def test_a_parameter_that_only_another_rank_has_used_gets_its_gradient() -> None:
+    used_here, used_there, used_nowhere = given = parameters((2,), (2,), (2,))
+    (bucket,) = cut(given, max_bytes=1 << 20)
+    used_here.grad = torch.ones(2)
+    bucket.arrived.add(id(used_here))
+    bucket.fill()
+    # What another rank brings: gradients, then which were used.
+    bucket.flat += torch.tensor([0.0, 0, 5, 6, 0, 0, 0, 1, 0])
+    bucket.settle()
+    assert used_here.grad.tolist() == [1, 1]
+    assert used_there.grad.tolist() == [5, 6]
+    assert used_nowhere.grad is None
+
+
+class Replica:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+def test_a_gradient_that_comes_twice_is_refused() -> None:
+    model, agreement = nn.Linear(2, 2), EveryStep(Group(0, 1))
+    agreement.attach(Replica(model))
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RunError, match="added to twice"):
+        model(torch.ones(1, 2)).sum().backward()
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    model, agreement = nn.Embedding(4, 2, sparse=True), EveryStep(Group(0, 1))
+    agreement.attach(Replica(model))
+    with pytest.raises(Refused, match="sparse"):
+        model(torch.tensor([1])).sum().backward()
+
+
+def test_parameters_left_out_of_one_step_are_there_in_the_next() -> None:
+    model, agreement = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), EveryStep(Group(0, 1))
+    replica = Replica(model)
+    agreement.attach(replica)
+    for layers in (1, 2, 1):
+        model.zero_grad()
+        x = torch.ones(1, 2)
+        for layer in model[:layers]:
+            x = layer(x)
+        x.sum().backward()
+        agreement.agree(replica)
+        assert [p.grad is not None for p in model.parameters()] == [True] * 2 + [layers == 2] * 2
