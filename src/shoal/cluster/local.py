@@ -23,6 +23,7 @@ from shoal.errors import WorldError
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 _QUERY_TIMEOUT_S = 20.0
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def detect(ranks: int | None = None, root: Path = Path("/")) -> Host:
@@ -76,6 +77,18 @@ def cpu_name(root: Path = Path("/")) -> str:
         if key.strip() == "model name" and value.strip():
             return " ".join(value.split())
     return platform.machine() or "cpu"
+
+
+def computes_in_bf16(root: Path = Path("/")) -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself (AVX512-BF16 or AMX, Arm's BF16).
+
+    Without such instructions bf16 is emulated, and slower than float32.
+    """
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return not _BF16_FLAGS.isdisjoint(value.split())
+    return False
 
 
 def cuda_devices() -> tuple[Device, ...]:

@@ -11,6 +11,7 @@ What needs torch is imported when it is asked for: a supervisor has no use for i
 from typing import TYPE_CHECKING, Any
 
 from shoal.job.before import check_before_start
+from shoal.job.numerics import as_begun, settled
 from shoal.job.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ __all__ = [
     "Job",
     "Resolved",
     "Workload",
+    "as_begun",
     "assemble",
     "check_before_start",
     "local_batch",
     "resolve",
+    "settled",
     "share_of",
     "shares",
     "workload_of",

@@ -11,7 +11,7 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.cluster import Cluster
+from shoal.cluster import Cluster, computes_in_bf16
 from shoal.env import World
 from shoal.errors import Refused, WorldError
 from shoal.recipe import Recipe
@@ -29,6 +29,12 @@ class Resolved:
     device: str  # "cpu" or "cuda"
     threads: int  # per rank
     reasons: tuple[str, ...]
+    tries: bool = False  # whether other numerics are to be tried before the run begins
+
+    def settled(self, strategy: Strategy, reason: str) -> "Resolved":
+        """With the numerics that were chosen, and why."""
+        reasons = (*self.reasons, reason)
+        return dataclasses.replace(self, strategy=strategy, reasons=reasons, tries=False)
 
 
 def resolve(
@@ -41,11 +47,16 @@ def resolve(
     """
     chosen = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     gpus, reasons = _usable_gpus(cluster)
+    is_free = chosen.is_auto and not (chosen.bf16 or chosen.channels_last)
     if chosen.is_auto:
         chosen, reason = _choose(chosen, recipe, cluster.cores, gpus, world)
         reasons.append(reason)
     chosen, reason = _with_precision(chosen, recipe)
-    reasons.append(reason)
+    tries = is_free and recipe.precision == "auto" and world is None
+    if tries and not gpus and not computes_in_bf16():
+        tries, reason = False, "precision float32: this processor has no instructions for bf16"
+    if not tries:
+        reasons.append(reason)
     chosen.check_runnable(recipe.batch_size)
     if world is not None:
         _require_world(world, chosen)
@@ -53,7 +64,7 @@ def resolve(
     device = "cuda" if 0 < ranks <= gpus else "cpu"
     if device == "cpu" and gpus:
         reasons.append(f"ranks run on the CPU: there are {ranks} here, and {_gpus(gpus)}")
-    return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons))
+    return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries)
 
 
 def _require_world(world: World, strategy: Strategy) -> None:

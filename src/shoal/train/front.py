@@ -17,13 +17,14 @@ from typing import Any
 from shoal import env, report
 from shoal.cluster import Cluster
 from shoal.errors import RankLost, ShoalError, Stopped
-from shoal.job import Resolved, check_before_start, resolve
+from shoal.job import Resolved, as_begun, check_before_start, resolve, settled
 from shoal.launch import Ranks, StopSignals, stop_signals_heard, wait
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
+from shoal.train.document import known
 from shoal.train.ended import Ended, after_start
-from shoal.train.entry import run_on_rank
+from shoal.train.entry import run_on_rank, try_on_rank
 from shoal.train.folder import (
     Options,
     drop_half_written,
@@ -82,6 +83,8 @@ def train_with(
         check_before_start(recipe)
         with signals.answered_by(wait):  # the ranks answer, once they are there
             run = open_run(recipe, options)
+            if options.resume and resolved.tries:
+                resolved = as_begun(resolved, run.strategy)
             with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
                 front = _Front(run, recipe, resolved, options, signals, view.show)
                 return front.train(cluster)
@@ -156,6 +159,8 @@ class _Front:
         }
         self._ranks_started = True
         with Ranks(self._resolved.strategy.world_size, threads=self._resolved.threads) as ranks:
+            if self._resolved.tries:
+                self._settle(ranks, task)
             results = ranks.call(
                 run_on_rank,
                 task,
@@ -165,6 +170,17 @@ class _Front:
             )
         summary: dict[str, Any] = results[0]
         return summary
+
+    def _settle(self, ranks: Ranks, task: dict[str, Any]) -> None:
+        """Let the ranks try other numerics, and write down which were chosen."""
+        tried = ranks.call(try_on_rank, task, on_signal="pass on", signals=self._signals)[0]
+        self._resolved = settled(self._resolved, tried)
+        task["strategy"] = str(self._resolved.strategy)
+        self._resolved.strategy.write(self._run.path / "strategy.json")
+        reason = self._resolved.reasons[-1]
+        self._run.log_event("choice", reason)
+        self._run.write_summary(known(self._run, self._resolved))
+        self._show({"kind": "event", "event": "choice", "message": reason})
 
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "start":

@@ -48,7 +48,7 @@ def train_on_rank(
     watch = Stopwatch()
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     torch.set_num_threads(context.threads)
-    device = _device(task.device, context.local_rank)
+    device = device_of(task.device, context.local_rank)
     groups = Groups.form(
         context.rank, context.world_size, context.store, context.generation, device
     )
@@ -98,7 +98,7 @@ def _train(
     return _summary(job, loop, outcome, memory, state)
 
 
-def _device(kind: str, local_rank: int) -> torch.device:
+def device_of(kind: str, local_rank: int) -> torch.device:
     if kind != "cuda":
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

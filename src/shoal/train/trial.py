@@ -1,0 +1,86 @@
+"""A few steps of the run in other numerics, before it begins: what `auto` decides by.
+
+ranks   assemble ─ 2 steps to warm up ─ 6 steps ─┐ once for each candidate, from the same
+front   choose ◀── seconds a step, losses ───────┘ weights, on the same batches
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from shoal.comm import Groups
+from shoal.errors import NotFinite, PeerLost, ShoalError
+from shoal.job import Execution, assemble, workload_of
+from shoal.job.numerics import TRIED_STEPS, WARM_UP_STEPS, Tried, candidates, steps_needed
+from shoal.job.workload import Workload
+from shoal.launch import Context
+from shoal.recipe import Recipe
+from shoal.strategy import Strategy
+from shoal.train.memory import give_back
+from shoal.train.rank import device_of
+from shoal.train.step import Flags, train_step
+
+GIVEN_UP = 1.5  # times the plain one's seconds a step
+
+
+def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
+    """``{"tried": […], "reason": why nothing was tried}``. Collective over the context's ranks."""
+    recipe, strategy = Recipe.from_dict(task["recipe"]), Strategy.parse(task["strategy"])
+    torch.set_num_threads(context.threads)
+    workload = workload_of(recipe)
+    batch = workload.feed.read(0, 0, 1)
+    images = isinstance(batch.inputs, torch.Tensor) and batch.inputs.dim() == 4
+    chosen = candidates(strategy, images=images)
+    if workload.total_steps < steps_needed(len(chosen)):
+        reason = (
+            f"precision float32: {workload.total_steps} steps are too few to try other numerics "
+            f"first (from {steps_needed(len(chosen))} on)"
+        )
+        return {"tried": [], "reason": reason}
+    device = device_of(task["device"], context.local_rank)
+    groups = Groups.form(
+        context.rank, context.world_size, context.store, context.generation, device
+    )
+    tried: list[Tried] = []
+    for each in chosen:
+        if context.stop_requested.is_set():
+            break
+        tried.append(_try(groups, workload, each, tried[0].step_s if tried else None))
+    groups.close()
+    give_back()
+    return {"tried": [each.to_json() for each in tried], "reason": None}
+
+
+def _try(groups: Groups, workload: Workload, strategy: Strategy, plain_s: float | None) -> Tried:
+    """Train a few steps; given up early where they take much longer than the plain ones."""
+    seconds: list[float] = []
+    losses: list[float] = []
+    try:
+        job = assemble(groups, workload, Execution.of(strategy))
+        before = _now(groups)
+        for step in range(WARM_UP_STEPS + TRIED_STEPS):
+            losses.append(train_step(job, step, Flags()).loss)
+            now = _now(groups)
+            seconds.append(now - before)
+            before = now
+            if plain_s is not None and step >= WARM_UP_STEPS and seconds[-1] > GIVEN_UP * plain_s:
+                break
+    except PeerLost:
+        raise
+    except NotFinite as error:  # on all ranks alike
+        return Tried(str(strategy), float("inf"), failed=error.message)
+    except (ShoalError, RuntimeError, NotImplementedError) as error:
+        # An operation that does not exist in bf16, say: on all ranks alike, as they run the same.
+        return Tried(str(strategy), float("inf"), failed=str(error).splitlines()[0])
+    timed = seconds[WARM_UP_STEPS:]
+    return Tried(str(strategy), statistics.median(timed), tuple(losses[WARM_UP_STEPS:]))
+
+
+def _now(groups: Groups) -> float:
+    """Rank 0's clock, on all ranks: they decide by it together."""
+    if groups.device.type == "cuda":
+        torch.cuda.synchronize(groups.device)
+    clock = torch.tensor([time.perf_counter()], dtype=torch.float64)
+    return float(groups.world.broadcast(clock, 0, "start-up"))
