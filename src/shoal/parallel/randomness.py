@@ -80,7 +80,6 @@ class CountedDropout(_DropoutNd):
     by_channel: bool
     key: StepKey
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """`input` ÷ (1 − p) where kept, 0 elsewhere."""
         if not self.training or self.p == 0.0:

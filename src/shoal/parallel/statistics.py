@@ -29,7 +29,6 @@ class GroupBatchNorm(_BatchNorm):
 
     groups: BatchGroups
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[N, C, …]``. Collective where a group lies on several ranks."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
