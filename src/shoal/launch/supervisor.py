@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from shoal.env import child_environment
 from shoal.errors import PeerLost, RankLost, ShoalError, UsageError
+from shoal.launch import allocator
 from shoal.launch.scratch import Scratch
 from shoal.launch.signals import StopSignals, end, held_back
 
@@ -123,6 +124,7 @@ class Ranks:
             "preload": self._preload,
         }
         environment = child_environment(
+            allocator.settings(),
             OMP_NUM_THREADS=str(self.threads),
             MKL_NUM_THREADS=str(self.threads),
             GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
