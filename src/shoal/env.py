@@ -75,9 +75,14 @@ def visible_cuda_devices() -> tuple[str, ...] | None:
     return tuple(entry.strip() for entry in text.split(",") if entry.strip())
 
 
-def child_environment(**overrides: str) -> dict[str, str]:
-    """A copy of this process's environment, with ``overrides``, for a process to be started."""
-    return {**os.environ, **overrides}
+def child_environment(
+    defaults: Mapping[str, str] | None = None, **overrides: str
+) -> dict[str, str]:
+    """A copy of this process's environment for a process to be started.
+
+    ``defaults`` are what the user may have set otherwise, ``overrides`` what has to be so.
+    """
+    return {**(defaults or {}), **os.environ, **overrides}
 
 
 def set_variable(name: str, value: str) -> None:

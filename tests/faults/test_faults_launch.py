@@ -49,6 +49,47 @@ def test_modules_beside_a_script_are_found_on_the_ranks(tmp_path, monkeypatch):
         assert ranks.call(use) == [7]
 
 
+MEET = """
+import os, pathlib, time
+folder = pathlib.Path(__file__).parent
+(folder / f"{os.getpid()}.here").touch()
+deadline = time.monotonic() + 40
+while len(list(folder.glob("*.here"))) < 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+MET = len(list(folder.glob("*.here")))
+"""
+
+
+def test_ranks_import_side_by_side_before_they_have_a_task(tmp_path, monkeypatch):
+    """Each import ends only once the other rank's has begun; there is no task meanwhile."""
+    (tmp_path / "meet_there.py").write_text(MEET)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def loaded(context):
+        import sys
+
+        return sys.modules["meet_there"].MET
+
+    with Ranks(2, preload=("meet_there", "no_such_module")) as ranks:
+        deadline = time.monotonic() + 40
+        while len(list(tmp_path.glob("*.here"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list(tmp_path.glob("*.here"))) == 2
+        assert ranks.call(loaded) == [2, 2]
+
+
+def test_ranks_without_a_task_end_at_once_though_they_are_busy_importing(tmp_path, monkeypatch):
+    (tmp_path / "long_import.py").write_text("import time\ntime.sleep(100)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("shoal.launch.supervisor.GRACE_S", 50.0)
+    ranks = Ranks(2, preload=("long_import",))
+    processes = ranks.process_ids
+    began = time.monotonic()
+    ranks.close()
+    assert time.monotonic() - began < 25  # they would sleep for longer, and be waited for
+    assert not any(alive(process) for process in processes)
+
+
 def test_the_first_failure_is_the_one_that_is_raised():
     def fail(context):
         if context.rank == 1:

@@ -37,6 +37,69 @@ def test_nothing_heavy_is_imported(code):
     assert done.stdout.strip() == "[]"
 
 
+# A run as its supervisor sees it: when ranks start, and what has been imported at the end.
+SUPERVISED = """
+import sys
+from shoal.launch import supervisor
+start = supervisor.Ranks._start
+there = []
+def told(self, number):
+    there.append(sorted({"shoal.recipe", "numpy", "torch"} & set(sys.modules)))
+    return start(self, number)
+supervisor.Ranks._start = told
+sys.argv = ["shoal", "train", "r.yaml", "--strategy", "single", "--out", "run"]
+from shoal.cli import main
+try:
+    main()
+except SystemExit as left:
+    print(left.code, there, sorted({"torch", "sklearn", "scipy"} & set(sys.modules)))
+"""
+SMALL = """
+{name: r, batch_size: 200, steps: 1, model: mlp, data: {train: "digits:train"},
+ objective: cross_entropy, optimizer: {name: sgd, lr: 0.1}}
+"""
+
+
+def test_ranks_start_before_anything_heavy_and_the_supervisor_never_imports_torch(tmp_path):
+    (tmp_path / "r.yaml").write_text(SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED], cwd=tmp_path, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0 [[]] []", done.stderr
+
+
+UNCOMPILED = """
+import pathlib, sys, tempfile, threading
+import shoal
+from shoal.cluster import Cluster
+from shoal.launch import Context
+from shoal.run import Run
+from shoal.strategy import Strategy
+from shoal.train.rank import Task, train_on_rank
+
+recipe = shoal.Recipe(
+    name="r", batch_size=400, steps=2, model={"name": "resnet", "width": 4}, normalize_over=100,
+    data={"train": "digits:train"}, objective="cross_entropy",
+    optimizer={"name": sys.argv[1], "lr": 0.1},
+)
+run = Run.create_at(pathlib.Path(tempfile.mkdtemp()) / "run")
+run.write_inputs(recipe, Strategy.parse("single"), Cluster.local())
+context = Context(0, 1, 0, "file:/nowhere", "g", 1, lambda _: None, threading.Event())
+train_on_rank(context, Task(recipe.to_dict(), "single", "cpu", str(run.path), False))
+print(sorted({"torch._dynamo", "sympy", "bokeh", "sklearn", "scipy", "rich"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rank_that_compiles_nothing_imports_no_compiler(optimizer):
+    done = subprocess.run(
+        [sys.executable, "-c", UNCOMPILED, optimizer], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 # Each public attribute of torch's main modules, by identity, before Shoal and after a run.
 UNTOUCHED = """
 import importlib, pathlib, sys, tempfile, threading

@@ -44,7 +44,7 @@ app.command("verify")(verify.command)
 
 
 def main() -> None:
-    """The entry point of the `shoal` command."""
+    """Run the verb that the command line names, and leave with its exit status."""
     # A recipe's own components are found as they are by `python script.py` in this folder.
     if "" not in sys.path:
         sys.path.insert(0, "")

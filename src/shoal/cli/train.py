@@ -39,15 +39,16 @@ def command(
 ) -> None:
     """Train a recipe on the devices of this machine (or as a rank of torchrun or Slurm)."""
     from shoal.cli.shared import errors_shown, leave, output_kept, print_document
+    from shoal.train.ahead import begun
 
-    with errors_shown(debug, as_json=as_json), output_kept():
+    with errors_shown(debug, as_json=as_json), output_kept(), begun(strategy) as begin:
         from shoal import report
         from shoal.recipe import load_recipe
         from shoal.train import Options, train_with
 
         loaded = load_recipe(recipe, tuple(changes or ()))
         options = Options(out, resume, max_restarts, verbose)
-        ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options)
+        ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options, begin)
     if ended.error is not None:
         leave(ended.error, ended.exit_status, debug, ended.document, as_json=as_json)
     if ended.tells:

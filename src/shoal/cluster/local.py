@@ -8,7 +8,6 @@ memory is the machine's, or the cgroup's limit if that is lower; CUDA devices ar
 """
 
 import csv
-import math
 import os
 import platform
 import shutil
@@ -18,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal import env
+from shoal.cluster.limits import available_cores, cgroup_folders, text_of
 from shoal.cluster.parts import Device, Host
 from shoal.errors import WorldError
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 _QUERY_TIMEOUT_S = 20.0
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def detect(ranks: int | None = None, root: Path = Path("/")) -> Host:
@@ -47,24 +46,17 @@ def detect(ranks: int | None = None, root: Path = Path("/")) -> Host:
     return Host(name=name, cores=cores, memory_bytes=memory, devices=devices)
 
 
-def available_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, within the cgroup's quota rounded up."""
-    cores = len(os.sched_getaffinity(0))
-    quotas = [quota for quota in _cpu_quotas(root) if quota > 0]
-    return max(1, min([cores, *(math.ceil(quota) for quota in quotas)]))
-
-
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """The machine's memory in bytes, or the lowest limit of the cgroups around this process."""
     total = 0
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in text_of(root / "proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
             total = int(line.split()[1]) * 1024
     total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [
         int(text)
-        for folder, names in _cgroup_folders(root, "memory")
-        for text in [_text(folder / names["memory"]).strip()]
+        for folder, names in cgroup_folders(root, "memory")
+        for text in [text_of(folder / names["memory"]).strip()]
         if text.isdecimal() and int(text) > 0
     ]
     return min([total, *limits])
@@ -72,23 +64,11 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
 
 def cpu_name(root: Path = Path("/")) -> str:
     """The processor's name as its maker writes it, else its architecture."""
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in text_of(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name" and value.strip():
             return " ".join(value.split())
     return platform.machine() or "cpu"
-
-
-def computes_in_bf16(root: Path = Path("/")) -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself (AVX512-BF16 or AMX, Arm's BF16).
-
-    Without such instructions bf16 is emulated, and slower than float32.
-    """
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return not _BF16_FLAGS.isdisjoint(value.split())
-    return False
 
 
 def cuda_devices() -> tuple[Device, ...]:
@@ -137,46 +117,3 @@ def _visible(rows: list[tuple[str, str, Device]]) -> list[tuple[str, str, Device
 def _grouped(devices: tuple[Device, ...]) -> tuple[Device, ...]:
     counts = Counter(devices)
     return tuple(device.model_copy(update={"count": count}) for device, count in counts.items())
-
-
-def _cpu_quotas(root: Path) -> Iterator[float]:
-    """Cores' worth of processor time that each cgroup around this process may use."""
-    for folder, _ in _cgroup_folders(root, "cpu"):
-        numbers = _text(folder / "cpu.max").split() or [
-            _text(folder / "cpu.cfs_quota_us").strip(),
-            _text(folder / "cpu.cfs_period_us").strip(),
-        ]
-        if len(numbers) == 2 and all(each.isdecimal() for each in numbers) and int(numbers[1]):
-            yield int(numbers[0]) / int(numbers[1])
-
-
-def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Folders of the cgroups around this process, innermost first, and their files' names.
-
-    Version 2 has one tree, version 1 one for each controller. Inside a container the path that
-    `/proc` names may lie outside of what is mounted: then only the folders that exist count.
-    """
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            base, names = root / "sys/fs/cgroup", {"memory": "memory.max"}
-        elif controller in controllers.split(","):
-            base = root / "sys/fs/cgroup" / controller
-            names = {"memory": "memory.limit_in_bytes"}
-        else:
-            continue
-        inner = base / path.strip("/")
-        for folder in (inner, *inner.parents):
-            if folder.is_dir():
-                yield folder, names
-            if folder == base:
-                break
-
-
-def _text(path: Path) -> str:
-    """What a file of the kernel says; nothing where it is not there or not to be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

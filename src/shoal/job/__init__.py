@@ -5,17 +5,18 @@
     job = assemble(groups, workload_of(recipe), Execution.of(resolved.strategy))   # on each rank
 
 `assemble` is the same call at the start, at a resume and, later, at a recovery without restart.
-What needs torch is imported when it is asked for: a supervisor has no use for it.
+What needs torch is imported when it is asked for: a supervisor has no use for it. The check, which
+looks at the data with numpy, is too: by then the ranks have been started.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from shoal.job.before import check_before_start
 from shoal.job.numerics import as_begun, settled
 from shoal.job.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
     from shoal.job.assembly import Job, assemble
+    from shoal.job.before import check_before_start
     from shoal.job.sharing import share_of, shares
     from shoal.job.workload import Execution, Feed, Workload, local_batch, workload_of
 
@@ -38,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "assembly": ("Job", "assemble"),
+    "before": ("check_before_start",),
     "sharing": ("share_of", "shares"),
     "workload": ("Execution", "Feed", "Workload", "local_batch", "workload_of"),
 }

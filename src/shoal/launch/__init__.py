@@ -11,12 +11,14 @@ Ranks are `python -m shoal.launch.worker`, each in a session of its own, and die
 supervisor. Functions reach them by cloudpickle over an inherited pipe; nothing comes back but JSON.
 """
 
+from shoal.launch.ahead import Ahead
 from shoal.launch.context import Context, joined_context
 from shoal.launch.failure import described
 from shoal.launch.signals import StopSignals, stop_signals_heard, wait
 from shoal.launch.supervisor import Ranks
 
 __all__ = [
+    "Ahead",
     "Context",
     "Ranks",
     "StopSignals",

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from shoal.env import child_environment
 from shoal.errors import PeerLost, RankLost, ShoalError, UsageError
+from shoal.launch import allocator
 from shoal.launch.scratch import Scratch
 from shoal.launch.signals import StopSignals, end, held_back
 
@@ -68,15 +69,17 @@ class _Rank:
 class Ranks:
     """Ranks on this host, ready to run functions together.
 
-    ``Ranks(n)`` starts n processes; :meth:`call` runs a function on the first k of them. A rank
-    that fails ends all of them: :meth:`call` raises the first failure, and the ranks are gone.
+    ``Ranks(n)`` starts n processes, which import the modules ``preload`` at once, whether there is
+    a task yet or not; :meth:`call` runs a function on the first k of them. A rank that fails ends
+    all of them: :meth:`call` raises the first failure, and the ranks are gone.
     """
 
-    def __init__(self, size: int, *, threads: int = 1) -> None:
+    def __init__(self, size: int, *, threads: int = 1, preload: Sequence[str] = ()) -> None:
         if size < 1:
             raise UsageError(f"at least 1 rank is needed, given {size}")
         self.size = size
         self.threads = threads
+        self._preload = tuple(preload)
         self._calls = 0
         self._store = Scratch("rendezvous")
         self._ranks: list[_Rank] = []
@@ -118,8 +121,10 @@ class Ranks:
             "failure_fd": failure.fd,
             "store": f"file:{self._store.path}",
             "path": [str(Path(entry).absolute()) for entry in sys.path],
+            "preload": self._preload,
         }
         environment = child_environment(
+            allocator.settings(),
             OMP_NUM_THREADS=str(self.threads),
             MKL_NUM_THREADS=str(self.threads),
             GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
@@ -246,9 +251,14 @@ class Ranks:
                 rank.process.kill()
 
     def close(self) -> None:
-        """End the ranks and give back what they held. Idle ranks leave by themselves."""
+        """End the ranks and give back what they held. Idle ranks leave by themselves.
+
+        Those that never had a task have nothing to tidy up, and may be busy with imports.
+        """
         for rank in self._ranks:
             _close(rank.task_fd)
+        if self._calls == 0:
+            self._kill()
         deadline = time.monotonic() + GRACE_S
         for rank in self._ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -5,13 +5,15 @@ python -m shoal.launch.worker '{"rank": 0, "parent": 4711, "task_fd": 5, …}'
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -112,6 +114,20 @@ def sender(fd: int) -> Callable[[dict[str, Any]], None]:
     return send
 
 
+def preload(modules: Sequence[str]) -> None:
+    """Import what the first task will need; what cannot be imported is that task's business.
+
+    Without the collector of reference cycles, which looks at the growing heap again and again while
+    torch is imported, for a tenth of the time. What has been imported it never looks at again.
+    """
+    gc.disable()
+    for name in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
 def leave(status: int) -> NoReturn:
     """End, with what was printed, and without destructors: a group's may wait for lost peers."""
     for stream in (sys.stdout, sys.stderr):
@@ -131,6 +147,7 @@ def main() -> None:
     sys.path[:] = arguments["path"]  # a user's modules are found here as they are there
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     send = sender(arguments["report_fd"])
+    preload(arguments["preload"])
     with open(arguments["task_fd"], "rb") as tasks:  # noqa: PTH123 (a descriptor, not a path)
         while (task := read_task(tasks)) is not None:
             try:

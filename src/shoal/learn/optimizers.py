@@ -11,7 +11,9 @@ any schedule as ``initial_lr``. Clipping is the training step's, by the whole mo
 optimizers never see ``clip_norm``.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,7 +93,7 @@ def _spared(module: nn.Module, no_decay: tuple[str, ...]) -> set[int]:
 
 
 def _built_in(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
-    makers: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+    makers: dict[str, Any] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
     if name not in makers:
         raise unknown(name, makers, "optimizer")
     if "betas" in options:
@@ -100,9 +102,27 @@ def _built_in(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) 
     parameters = [parameter for group in groups for parameter in group["params"]]
     how = {"fused": True} if can_be_fused(parameters) else {"foreach": True}
     try:
-        return makers[name](groups, **options, **how)
+        made: Optimizer = without_compiler(makers[name])(groups, **options, **how)
     except ValueError as error:
         raise UsageError(f"optimizer {name!r}: {error}", hint="Change that option.") from error
+    return made
+
+
+@functools.cache
+def without_compiler(kind: Any) -> Any:
+    """A class like `kind`, torch's optimizer, that does not import torch's compiler.
+
+    torch wraps these methods to keep its compiler out of them, and the wrappers import it at their
+    first call: a second of every rank's start, and 70 MiB, for runs that compile nothing. Here
+    they are without. (A model may be compiled all the same; compiling these would be of no use.)
+    """
+    plain = {
+        name: inspect.unwrap(getattr(kind, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    }
+    # Two wrappers: the compiler's, and the one that calls hooks, which torch puts on by itself.
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), {**plain, "step": step, "__module__": kind.__module__})
 
 
 def can_be_fused(parameters: Iterable[torch.Tensor]) -> bool:

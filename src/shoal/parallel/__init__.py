@@ -7,13 +7,14 @@ parallelism will come before recompute, ZeRO after compile.)
 """
 
 import shutil
+import sys
 
 import torch
 from torch import nn
 
 from shoal.comm import Group
 from shoal.errors import Refused
-from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.randomness import CountedDropout, StepKey, use_counted_dropout
 from shoal.parallel.recompute import use_recompute
 from shoal.parallel.replica import (
     Body,
@@ -26,6 +27,7 @@ from shoal.parallel.replica import (
     call_model,
     call_objective,
 )
+from shoal.parallel.specialise import keep_uncompiled
 from shoal.parallel.statistics import BatchGroups, GroupBatchNorm, use_groups
 
 __all__ = [
@@ -72,6 +74,12 @@ def build_replica(
         use_recompute(model, groups, key)
     if numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # The user's own model may be compiled in part; then the compiler is there by now.
+    if compiled or "torch._dynamo" in sys.modules:
+        # Collectives within the network, and masks whose key is a number of the step: a graph
+        # would hold the number, and be good for one step.
+        keep_uncompiled(GroupBatchNorm, "normalise_across")
+        keep_uncompiled(CountedDropout, "drop")
     if compiled:
         _require_compiler()
         # Not dynamic: a graph that torch has generalised after the first partial batch would serve

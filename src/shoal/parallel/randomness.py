@@ -84,12 +84,10 @@ class CountedDropout(_DropoutNd):
         """`input` ÷ (1 − p) where kept, 0 elsewhere."""
         if not self.training or self.p == 0.0:
             return input
-        dropped: Tensor = self._drop(input)
-        return dropped
+        return self.drop(input)
 
-    # A mask's key is a number of the step: a compiled graph would hold it, and be good for one.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
+        """The same, where it is not left out."""
         dropped, scale = self._dropped(input), 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
         if self.inplace:
             return input.mul_(scale).masked_fill_(dropped, 0.0)

@@ -38,7 +38,7 @@ class GroupBatchNorm(_BatchNorm):
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        return self._across(input) if self.groups.crosses else self._within(input)
+        return self.normalise_across(input) if self.groups.crosses else self._within(input)
 
     @property
     def _tracks(self) -> bool:
@@ -86,8 +86,7 @@ class GroupBatchNorm(_BatchNorm):
         variance, mean = torch.var_mean(input.detach().to(kind), axes, correction=0)
         return functional.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _across(self, input: Tensor) -> Tensor:
+    def normalise_across(self, input: Tensor) -> Tensor:
         """Some group lies on several ranks: combine the parts, here and in the backward pass."""
         output, means, variances, counts = BatchNormAcross.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.eps, self.groups

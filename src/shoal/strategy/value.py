@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shoal import yaml_source
 from shoal.errors import Refused, StrategyError
 from shoal.strategy import checks, grammar
 from shoal.strategy.agreements import Agreement, Async, Easgd, Sync
@@ -261,4 +260,6 @@ class Strategy:
     @classmethod
     def read(cls, path: Path | str) -> "Strategy":
         """Read a file that :meth:`write` made. Raises RecipeError (no file) or StrategyError."""
+        from shoal import yaml_source  # pydantic: a command parses strategies before it is loaded
+
         return cls.from_json(yaml_source.load(path).value)

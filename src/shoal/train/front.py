@@ -1,27 +1,29 @@
-"""`train` as a person or a script calls it: settle, check, start the ranks, remember the run.
+"""`train` with all its options: settle, start the ranks, check, remember the run.
 
     here                 ranks
-    resolve, check ──▶   train_on_rank × n
+    resolve        ──▶   started: they import torch
+    check, task    ──▶   train_on_rank × n
     live view      ◀──   messages of rank 0
     run.json, report ◀── summary of rank 0, or the first failure
 
 With ``WORLD_SIZE`` set (torchrun, Slurm) no ranks are started: this process is one of them.
 """
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from shoal import env, report
 from shoal.cluster import Cluster
 from shoal.errors import RankLost, ShoalError, Stopped
-from shoal.job import Resolved, as_begun, check_before_start, resolve, settled
-from shoal.launch import Ranks, StopSignals, stop_signals_heard, wait
+from shoal.job import Resolved, as_begun, resolve, settled
+from shoal.launch import Ranks, stop_signals_heard
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
+from shoal.train.ahead import Begun, begun
 from shoal.train.document import known
 from shoal.train.ended import Ended, after_start
 from shoal.train.entry import run_on_rank, try_on_rank
@@ -39,32 +41,14 @@ from shoal.train.folder import (
 Show = Callable[[dict[str, Any]], None]
 
 
-def train(
-    recipe: Recipe,
-    strategy: str | Strategy = "auto",
-    cluster: Cluster | None = None,
-    out: Path | str | None = None,
-    resume: bool = False,
-) -> Run:
-    """Train `recipe`, split by `strategy`, on `cluster` (default: this machine).
-
-    Returns the run, whose ``summary`` is the contract's document; its ``state`` is "done" or
-    "stopped". Raises a `ShoalError` for anything else; what was committed stays in its folder.
-    Under torchrun every rank returns the run, and rank 0 writes its summary.
-    """
-    options = Options(Path(out) if out else None, resume, tell_end=True)
-    ended = train_with(recipe, strategy, cluster, options)
-    if ended.exit_status > 128:
-        raise SystemExit(ended.exit_status)
-    if ended.error is not None:
-        raise ended.error
-    return ended.run
-
-
 def train_with(
-    recipe: Recipe, strategy: str | Strategy, cluster: Cluster | None, options: Options
+    recipe: Recipe,
+    strategy: str | Strategy,
+    cluster: Cluster | None,
+    options: Options,
+    begin: Begun | None = None,
 ) -> Ended:
-    """:func:`train` with every option of the command line.
+    """:func:`shoal.train` with every option of the command line; ``begin``: what has begun already.
 
     Raises a `ShoalError` for what is found before there is a run; what it returns has later ones.
     """
@@ -73,21 +57,28 @@ def train_with(
         with stop_signals_heard() as stop_requested:
             cluster = cluster or Cluster.local()
             resolved = resolve(recipe, strategy, cluster, world=world)
-            check_before_start(recipe)
+            _check(recipe)
             from shoal.train.joined import train_joined  # torch, once all else is in order
 
             return train_joined(world, recipe, resolved, cluster, options, stop_requested)
-    with StopSignals() as signals:
+    with begun() if begin is None else contextlib.nullcontext(begin) as started:
+        assert started is not None  # nobody else's ranks are there
         cluster = cluster or Cluster.local()
         resolved = resolve(recipe, strategy, cluster)
-        check_before_start(recipe)
-        with signals.answered_by(wait):  # the ranks answer, once they are there
-            run = open_run(recipe, options)
-            if options.resume and resolved.tries:
-                resolved = as_begun(resolved, run.strategy)
-            with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
-                front = _Front(run, recipe, resolved, options, signals, view.show)
-                return front.train(cluster)
+        started.ahead.start(resolved.strategy.world_size, resolved.threads)
+        _check(recipe)
+        run = open_run(recipe, options)
+        if options.resume and resolved.tries:
+            resolved = as_begun(resolved, run.strategy)
+        with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
+            front = _Front(run, recipe, resolved, options, started, view.show)
+            return front.train(cluster)
+
+
+def _check(recipe: Recipe) -> None:
+    from shoal.job import check_before_start  # numpy, while the ranks import torch
+
+    check_before_start(recipe)
 
 
 class _Front:
@@ -99,14 +90,15 @@ class _Front:
         recipe: Recipe,
         resolved: Resolved,
         options: Options,
-        signals: StopSignals,
+        started: Begun,
         show: Show,
     ) -> None:
         self._run = run
         self._recipe = recipe
         self._resolved = resolved
         self._options = options
-        self._signals = signals
+        self._ahead = started.ahead
+        self._signals = started.signals
         self._show = show
         self._start_message: dict[str, Any] = {}
         self._stop_told = False
@@ -158,7 +150,7 @@ class _Front:
             "resume": resume,
         }
         self._ranks_started = True
-        with Ranks(self._resolved.strategy.world_size, threads=self._resolved.threads) as ranks:
+        with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:
             if self._resolved.tries:
                 self._settle(ranks, task)
             results = ranks.call(

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from shoal.env import World
+from shoal.env import World, child_environment
 from shoal.errors import RunError, Stopped, UsageError
-from shoal.launch import Ranks, joined_context
+from shoal.launch import Ahead, Ranks, allocator, joined_context
 from shoal.launch.failure import described
 from shoal.launch.scratch import Scratch
 from shoal.launch.signals import StopSignals, end, wait
@@ -101,3 +101,78 @@ def test_with_nothing_to_save_the_first_ends() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGINT"):
         end(signal.SIGINT)
+
+
+# ---- what ranks are started with
+
+
+def test_memory_is_asked_for_in_huge_pages_where_the_c_library_can(monkeypatch) -> None:
+    monkeypatch.setattr(os, "confstr", lambda _name: "glibc 2.36")
+    assert allocator.settings()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    for other in ("glibc 2.34", "glibc", "musl 1.2", None):
+        monkeypatch.setattr(os, "confstr", lambda _name, other=other: other)
+        assert allocator.settings() == {}
+
+
+def test_what_the_user_has_set_goes_before_a_default_and_behind_a_must(monkeypatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    given = {"MALLOC_TRIM_THRESHOLD_": "1", "MALLOC_MMAP_THRESHOLD_": "1"}
+    environment = child_environment(given, OMP_NUM_THREADS="2")
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == "65536"
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+class _Started:
+    """Ranks without processes."""
+
+    made: list["_Started"]
+
+    def __init__(self, size: int, *, threads: int, preload: tuple[str, ...]) -> None:
+        self.size, self.threads, self.preload = size, threads, preload
+        self.alive = True
+        _Started.made.append(self)
+
+    def close(self) -> None:
+        self.alive = False
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[_Started]:
+    _Started.made = []
+    monkeypatch.setattr("shoal.launch.ahead.Ranks", _Started)
+    return _Started.made
+
+
+def test_a_right_guess_is_taken_and_outlives_its_block(started) -> None:
+    with Ahead(("torch",)) as ahead:
+        ahead.start(2, 1)
+        taken = ahead.take(2, 1)
+        assert len(started) == 1
+    assert taken is started[0]
+    assert taken.alive
+    assert taken.preload == ("torch", "torch")
+
+
+@pytest.mark.parametrize("wanted", [(3, 1), (2, 2)])
+def test_a_wrong_guess_is_ended_and_replaced(started, wanted) -> None:
+    with Ahead(()) as ahead:
+        ahead.start(2, 1)
+        ahead.start(*wanted)
+        taken = ahead.take(*wanted)
+    assert [each.alive for each in started] == [False, True]
+    assert (taken.size, taken.threads) == wanted
+
+
+def test_ranks_that_have_died_while_waiting_are_not_handed_out(started) -> None:
+    with Ahead(()) as ahead:
+        ahead.start(2, 1)
+        started[0].alive = False
+        assert ahead.take(2, 1) is started[1]
+
+
+def test_ranks_that_nobody_takes_end_with_the_block(started) -> None:
+    with Ahead(()) as ahead:
+        ahead.start(2, 1)
+    assert not started[0].alive
