@@ -165,7 +165,7 @@ def measure(rounds: int) -> str:
         "## What evaluation, checkpoints and the log cost",
         "",
         "Shares of a run's wall time at the recipes' defaults, `--strategy auto`; medians over "
-        f"{rounds} interleaved rounds (min to max). \"Steps slower\" is the difference of two runs, "
+        f"{rounds} interleaved rounds (min to max). `Steps slower` is the difference of two runs, "
         "and as uncertain as its spread says; the line below it is the most that it can be.",
         "",
     ]

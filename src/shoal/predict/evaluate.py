@@ -93,7 +93,7 @@ def _one_batch(
 
 
 def _stacked(pairs: list[tuple[Any, Any]], device: torch.device) -> Tensor:
-    """``[2, metrics]`` in float64: sums above counts. What a user's function gives may be floats."""
+    """``[2, metrics]`` in float64: sums above counts. A user's function may give plain numbers."""
     values = [[torch.as_tensor(value).detach() for value in pair] for pair in pairs]
     return torch.stack(
         [
