@@ -134,10 +134,12 @@ def _child(code: str, case: Case, changes: Sequence[str]) -> dict[str, Any]:
     return value
 
 
-def _round(case: Case, defaults: Defaults) -> dict[str, float]:
+def _round(case: Case, defaults: Defaults, number: int = 0) -> dict[str, float]:
     """One pair of runs, one beside the other, in shares of the whole run's time; steps in ms."""
-    saving = _child(SUPERVISED, case, case.changes(saves=True))
-    bare = _child(SUPERVISED, case, case.changes(saves=False))
+    runs = {}
+    for saves in (number % 2 == 0, number % 2 == 1):  # who is first changes: machines warm up
+        runs[saves] = _child(SUPERVISED, case, case.changes(saves=saves))
+    saving, bare = runs[True], runs[False]
     logged = _child(LOGGED, case, case.changes(saves=False))["seconds"]
     timings, steps = saving["timings"], saving["steps"]
     evaluations = defaults.evaluations if case.steps is None else 1
@@ -171,7 +173,7 @@ def measure(rounds: int) -> str:
     ]
     for case in (Case("digits"), Case("fashion-mnist", steps=120, checkpoints=3)):
         defaults = Defaults.of(case.path)
-        found = [_round(case, defaults) for _ in range(rounds)]
+        found = [_round(case, defaults, number) for number in range(rounds)]
         cut = f", measured on {case.steps} of them" if case.steps else ""
         lines += [
             f"{case.name}: {defaults.steps} steps{cut}, {defaults.evaluations} evaluations, "
