@@ -26,7 +26,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from shoal.errors import DiskFull, RunFolderError
 
@@ -37,6 +38,55 @@ if TYPE_CHECKING:
 
 _INPUTS = ("recipe.yaml", "strategy.json", "cluster.json")
 _LOCK = ".lock"
+
+
+class Lines:
+    """A file of JSON lines to add to: each is written whole, by one call, and can be read at once.
+
+    Opened with the first line, and kept open: to open it for every one takes longer than the rest.
+    A line that a killed process has left half written is dropped then.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._descriptor: int | None = None
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Add a line. NaN and infinity become null. Raises `DiskFull` or `RunFolderError`."""
+        line = json.dumps(_finite(values), allow_nan=False).encode() + b"\n"
+        with _writing(self._file):
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        descriptor = os.open(self._file, flags, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.ftruncate(descriptor, self._file.read_bytes().rfind(b"\n") + 1)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -160,7 +210,12 @@ class Run:
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`. NaN and infinity become null."""
-        _append(self.path / "metrics.jsonl", values)
+        with self.metrics_log() as log:
+            log.add(values)
+
+    def metrics_log(self) -> "Lines":
+        """`metrics.jsonl`, to add many lines to; opened with the first one."""
+        return Lines(self.path / "metrics.jsonl")
 
     def log_event(
         self,
@@ -179,7 +234,8 @@ class Run:
             "step": step,
             "phase": phase,
         }
-        _append(self.path / "events.jsonl", values)
+        with Lines(self.path / "events.jsonl") as log:
+            log.add(values)
 
     def cut_after(self, step: int) -> None:
         """Drop the lines of metrics and events of later steps, and what is half written.
@@ -287,22 +343,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return value
-
-
-def _append(file: Path, values: Mapping[str, Any]) -> None:
-    """Add a line, after dropping one that a killed process has left half written."""
-    line = json.dumps(_finite(values), allow_nan=False).encode() + b"\n"
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    with _writing(file):
-        descriptor = os.open(file, flags, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                os.ftruncate(descriptor, file.read_bytes().rfind(b"\n") + 1)
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -118,6 +118,11 @@ class Running:
         file = self.folder / run / "metrics.jsonl"
         self.wait_until(lambda: f'"step": {step},' in read(file))
 
+    def wait_for_checkpoint(self, step, run="run"):
+        """A save goes on beside training: it may be there some steps later."""
+        path = self.folder / run / f"checkpoints/step-{step:09d}"
+        self.wait_until(path.exists)
+
     def wait_for_ranks(self, count):
         return self.wait_until(lambda: (found := self.ranks()) if len(self.ranks()) == count else 0)
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from shoal_process import alive, gone_within, read
+from shoal_process import alive, equal, gone_within, read, weights
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -41,6 +41,7 @@ def test_a_killed_rank_ends_the_run_in_few_words_and_leaves_nothing(shoal):
     before = left_in("/dev/shm") | left_in("/tmp")
     running = shoal.start_training(*SLOW)
     running.wait_for_step(5)
+    running.wait_for_checkpoint(4)
     ranks = running.ranks()
     assert not any("socket" in name for name in open_files(running.process.pid))
     os.kill(ranks[1], signal.SIGKILL)
@@ -75,6 +76,7 @@ def test_a_killed_rank_is_started_again_from_the_checkpoint(shoal):
     model = "model={name: 'slow:held', at: 7}"
     running = shoal.start_training("--strategy", "single", "--set", model, "--max-restarts", "1")
     running.wait_for_step(6)
+    running.wait_for_checkpoint(4)
     os.kill(running.ranks()[0], signal.SIGKILL)
     (shoal.folder / "hold").unlink()
     done = running.finish()
@@ -87,6 +89,66 @@ def test_a_killed_rank_is_started_again_from_the_checkpoint(shoal):
     (recovery,) = [each for each in shoal.lines("events.jsonl") if each["event"] == "recovery"]
     assert "SIGKILL" in recovery["message"]
     assert recovery["rank"] == 0
+
+
+# A model whose ranks stop in the middle of writing the checkpoint of step 8, while there is a file
+# `hold`; their training goes on.
+HELD_SAVE = """
+import pathlib, time
+from torch import nn
+from shoal.checkpoint import files
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+def build():
+    write = files.write
+
+    def held(path, chunks):
+        def parts():
+            for number, chunk in enumerate(chunks):
+                while number == 1 and "000000008" in str(path) and pathlib.Path("hold").exists():
+                    time.sleep(0.01)
+                yield chunk
+        return write(path, parts())
+
+    files.write = held
+    return Plain()
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_while_it_saves_leaves_the_older_checkpoint(shoal, victim):
+    (shoal.folder / "mine.py").write_text(HELD_SAVE)
+    (shoal.folder / "hold").touch()
+    options = ("--strategy", "dp2", "--set", "model=mine:build", "--set", "steps=40")
+    running = shoal.start_training(*options)
+    half = shoal.folder / "run/checkpoints/.step-000000008.tmp"
+    running.wait_until(lambda: len(list(half.glob("*.safetensors"))) == 2)
+    running.wait_for_step(12)  # training went on to where it has to wait for the save
+    os.kill(running.ranks()[victim], signal.SIGKILL)
+    done = running.finish()
+    assert done.status == 3
+    assert done.document["error"]["kind"] == "RankLost"
+    assert done.document["error"]["rank"] == victim
+    assert done.document["checkpoint"] == "run/checkpoints/step-000000004"
+    assert shoal.checkpoints() == ["step-000000004"]
+    if victim == 1:  # the folder is as after the other's death: one of them goes on
+        return
+    (shoal.folder / "hold").unlink()
+    done = shoal.train(*options, "--resume")
+    assert done.status == 0
+    assert done.document["resumed_from_step"] == 4
+    undisturbed = shoal.train(*options, out="undisturbed")
+    assert undisturbed.status == 0
+    assert equal(weights(shoal.folder / "run", 40), weights(shoal.folder / "undisturbed", 40))
+    steps = [line["step"] for line in shoal.lines("metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, 41))
 
 
 def test_a_ranks_own_error_is_shown_once_and_not_what_its_peers_see(shoal):

@@ -15,6 +15,8 @@ reader asks for any box of any tensor, whatever boxes it was saved in. Nothing i
     weight = newest.read("fc.weight", Slice((10, 64), (0, 0), (5, 64)))
 """
 
+from shoal.checkpoint.background import Background
+from shoal.checkpoint.copies import Copies
 from shoal.checkpoint.exporting import Exported, export
 from shoal.checkpoint.folder import (
     checkpoint_path,
@@ -31,7 +33,9 @@ from shoal.checkpoint.snapshot import Piece, Snapshot
 __all__ = [
     "FORMAT",
     "Alone",
+    "Background",
     "Checkpoint",
+    "Copies",
     "Entry",
     "Exported",
     "Manifest",

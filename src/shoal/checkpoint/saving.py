@@ -37,8 +37,16 @@ class SavedCheckpoint:
     seconds: float
 
 
-def save(checkpoints: Path, snapshot: Snapshot, meeting: Meeting) -> SavedCheckpoint:
+def save(
+    checkpoints: Path,
+    snapshot: Snapshot,
+    meeting: Meeting,
+    afterwards: Callable[[], object] = lambda: None,
+) -> SavedCheckpoint:
     """Save every rank's snapshot as one checkpoint; an older one of that step is replaced.
+
+    ``afterwards``: what rank 0 does once the checkpoint has its name, before the last meeting; if
+    it fails, all ranks raise that too, though the checkpoint is there.
 
     Every rank of the meeting calls this and all of them return, or raise the same error:
     `DiskFull`, `ReplicasDiffer` (a piece that is not the same on two ranks that hold it),
@@ -50,7 +58,7 @@ def save(checkpoints: Path, snapshot: Snapshot, meeting: Meeting) -> SavedCheckp
         said = saving.together(saving.prepare)
         plan = saving.agree(said)
         sizes = saving.together(lambda: saving.write(plan))
-        total = saving.together(lambda: saving.commit(plan, sizes))[0]
+        total = saving.together(lambda: saving.commit(plan, sizes, afterwards))[0]
     except ShoalError:
         if meeting.rank == 0:
             with contextlib.suppress(OSError):  # the next save tidies again, and the cause is known
@@ -112,7 +120,7 @@ class _Saving:
         specs = [tensor_file.Spec(entry.key, entry.dtype, entry.shape) for entry in entries]
         return tensor_file.write(self.temporary / entries[0].file, specs, tensors.__getitem__)
 
-    def commit(self, plan: Plan, sizes: list[int]) -> int:
+    def commit(self, plan: Plan, sizes: list[int], afterwards: Callable[[], object]) -> int:
         """Rank 0: check that every file has arrived, write the manifest, give the folder its name.
 
         Returns the bytes of the checkpoint; other ranks do nothing and return 0.
@@ -139,6 +147,7 @@ class _Saving:
         files.write(self.temporary / FILE_NAME, [memoryview(manifest)])
         files.sync_folder(self.temporary)
         folder.commit(self.checkpoints, snapshot.step)
+        afterwards()
         return sum(sizes) + len(manifest)
 
     def _check_arrived(self, sizes: dict[str, int]) -> None:

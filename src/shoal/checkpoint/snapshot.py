@@ -3,7 +3,8 @@
     whole tensor   [============]     Piece.whole(weight)
     rows 4 to 8    [----[====]--]     Piece(rows, Slice((10, 64), (4, 0), (4, 64)))
 
-A snapshot holds references, no copies: nothing may change its tensors until it is saved.
+A snapshot holds references: nothing may change its tensors until it is saved. `Copies` makes one
+that training cannot change.
 
     Snapshot(
         step=400,

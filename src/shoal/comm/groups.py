@@ -107,19 +107,21 @@ class Groups:
     """The groups of one generation of ranks.
 
     ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
-    own (batch statistics must not queue behind a gradient bucket in flight).
+    own (batch statistics must not queue behind a gradient bucket in flight), ``checkpoint`` all
+    ranks over connections for the thread that saves while the others are in use: host memory only.
     """
 
     world: Group
     data: Group
     statistics: Group
+    checkpoint: Group
     device: torch.device
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:
         """One process, no groups: every collective is the identity."""
         group = Group(0, 1)
-        return cls(group, group, group, device or torch.device("cpu"))
+        return cls(group, group, group, group, device or torch.device("cpu"))
 
     @classmethod
     def form(
@@ -150,8 +152,10 @@ class Groups:
             )
             world = Group(rank, world_size, dist.group.WORLD, counter)
             others = dist.new_group(timeout=timeout, backend=backend)
+            for_saving = dist.new_group(timeout=timeout, backend="gloo")
         statistics = Group(rank, world_size, others, counter)
-        return cls(world, world, statistics, device)
+        checkpoint = Group(rank, world_size, for_saving, counter)
+        return cls(world, world, statistics, checkpoint, device)
 
     def close(self) -> None:
         """Leave the groups. Collective."""

@@ -75,16 +75,12 @@ class Workload:
     @property
     def total_samples(self) -> int:
         """Examples in the whole run, the last partial batch of each epoch included."""
-        epochs, rest = divmod(self.total_steps, self.feed.steps_per_epoch)
-        return epochs * self.feed.examples + sum(
-            self.feed.batch_examples(step) for step in range(rest)
-        )
+        return self.samples_before(self.total_steps)
 
     def samples_before(self, step: int) -> int:
-        """Examples seen when step `step` (0-based) begins."""
+        """Examples seen when step `step` (0-based) begins. Only an epoch's last may be partial."""
         epochs, rest = divmod(step, self.feed.steps_per_epoch)
-        first = self.feed.batch_examples(0)
-        return epochs * self.feed.examples + rest * first
+        return epochs * self.feed.examples + (rest * self.feed.batch_examples(0) if rest else 0)
 
     def first_model(self, dtype: torch.dtype) -> nn.Module:
         """The model with its initial weights: the factory, whole, under one seeded CPU generator.

@@ -1,4 +1,13 @@
-"""Evaluation over all ranks: sums and counts, added once; nothing padded, nothing dropped."""
+"""Evaluation over all ranks: sums and counts, added once; nothing padded, nothing dropped.
+
+    each rank, each batch   Σ loss, Σ right, …, counts   ──▶  added up on the device, in float64
+    at the end              one copy to the host, one sum over the ranks
+
+    evaluate(job).metrics               # {"loss": 0.31, "accuracy": 0.908}, on every rank
+
+The forward pass runs under `torch.no_grad`, not `inference_mode`: a module may keep a tensor that
+it made here (a mask, a table of positions), and training could not use one of inference mode.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -32,12 +41,15 @@ def evaluate(job: Job) -> Evaluation:
     if feed is None:
         return Evaluation({}, ())
     names = ["loss", *job.workload.metrics]
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
+    # On the device: a copy to the host after each batch would wait for the whole forward pass.
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=job.replica.device)
     bad: list[Any] = []
     with evaluating(job.replica.model):
         for step in range(feed.steps_per_epoch):
-            sums += _one_batch(job, feed, step, names, bad)
-    totals, counts = job.groups.data.all_reduce(sums, "evaluation").tolist()
+            pairs = _one_batch(job, feed, step, names, bad)
+            if pairs:
+                sums += _stacked(pairs, sums.device)
+    totals, counts = job.groups.data.all_reduce(sums.cpu(), "evaluation").tolist()
     metrics = {
         name: total / count
         for name, total, count in zip(names, totals, counts, strict=True)
@@ -61,21 +73,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _one_batch(job: Job, feed: Feed, step: int, names: list[str], bad: list[Any]) -> Tensor:
-    """Sums and counts of this rank's share: ``[2, metrics]`` in float64, on the CPU."""
+def _one_batch(
+    job: Job, feed: Feed, step: int, names: list[str], bad: list[Any]
+) -> list[tuple[Any, Any]]:
+    """(sum, count) of this rank's share, for each name; none where it has no example of its own."""
     try:
         rank, last = job.groups.data.rank, feed.steps_per_epoch - 1
         batch, share = local_batch(feed, step, rank, job.replica, last)
         bad.extend(getattr(batch, "bad", ()))
         outputs: Any = job.replica.forward(batch, step, share)
         if share.is_empty(rank):  # it has stood in for one: no row of it counts
-            return torch.zeros(2, len(names), dtype=torch.float64)
+            return []
+        pairs: list[tuple[Any, Any]]
         pairs = [call_objective(job.workload.objective, outputs, batch.targets)]
         pairs += [job.workload.metrics[name](outputs, batch.targets) for name in names[1:]]
     except ShoalError as error:
         raise error.located(phase="evaluation") from error
-    return torch.stack([torch.stack([_plain(value) for value in pair]) for pair in pairs], dim=1)
+    return pairs
 
 
-def _plain(value: Any) -> Tensor:
-    return torch.as_tensor(value).detach().double().cpu()
+def _stacked(pairs: list[tuple[Any, Any]], device: torch.device) -> Tensor:
+    """``[2, metrics]`` in float64: sums above counts. A user's function may give plain numbers."""
+    values = [[torch.as_tensor(value).detach() for value in pair] for pair in pairs]
+    return torch.stack(
+        [
+            torch.stack([value.to(device, torch.float64) for value in row])
+            for row in zip(*values, strict=True)
+        ]
+    )

@@ -1,9 +1,20 @@
-"""Commit: weights, optimizer, position in the data, early-stop state, together or not at all."""
+"""Commit: weights, optimizer, position in the data, early-stop state, together or not at all.
 
+    step 40 ── check, copy ── step 41 ── step 42 ── step 43 ── … ── wait ── check, copy ── step 61
+                  └─ thread: hash, meet, write, sync, rename ─┘
+
+Training waits for the copy alone. The thread has connections of its own, so that its meetings do
+not mix with those of the steps.
+
+    committer.commit(40, convergence, state)
+    committer.wait()                    # it is on the disk now, or an error says why not
+"""
+
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from shoal.checkpoint import Piece, SavedCheckpoint, Snapshot, prune, save
+from shoal.checkpoint import Background, Copies, Piece, SavedCheckpoint, Snapshot, prune, save
 from shoal.checkpoint.optimizer_state import flatten
 from shoal.comm import Group
 from shoal.job import Job
@@ -26,7 +37,7 @@ class _Meeting:
 
 
 class Committer:
-    """Writes the checkpoints of one run."""
+    """Writes the checkpoints of one run, one at a time, in a thread. ``last`` is committed."""
 
     def __init__(
         self, job: Job, recipe: Recipe, run: Run, strategy: str, send: Callable[[Any], None]
@@ -36,31 +47,60 @@ class Committer:
         self._run = run
         self._strategy = strategy
         self._send = send
-        self._meeting = _Meeting(job.groups.world)
+        self._meeting = _Meeting(job.groups.checkpoint)
+        self._copies = Copies()
+        self._background = Background()
         # An attention mask, say, may be a buffer with infinities from the start.
         self._never_finite = not_finite(job.replica.model)
         self.last: SavedCheckpoint | None = None
 
-    def commit(self, step: int, convergence: Convergence, state: dict[str, Any]) -> None:
-        """Save what there is after `step` steps, then remove what need not be kept. Collective.
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in flight has failed; :meth:`wait` raises it."""
+        return self._background.failed
 
-        ``state`` is the loop's. Replicas whose weights differ are found here: the save compares
-        every piece's checksum. Raises `NotFinite`, and what `checkpoint.save` raises.
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of saving in which training went on."""
+        return self._background.hidden_s
+
+    def commit(self, step: int, convergence: Convergence, state: dict[str, Any]) -> None:
+        """Copy what there is after `step` steps, and begin to save it. Collective.
+
+        ``state`` is the loop's. The save before this one is waited for. Replicas whose weights
+        differ are found by the save: it compares every piece's checksum. Once the checkpoint is
+        there, what need not be kept is removed. Raises `NotFinite`, and what :meth:`wait` raises.
         """
+        self.wait()
         require_finite(self._job.replica.model, step, self._never_finite)
-        snapshot = self._snapshot(step, state)
-        self.last = save(self._run.checkpoints_path, snapshot, self._meeting)
-        if self._meeting.rank == 0:
-            best = [convergence.best_step] if convergence.best is not None else []
-            prune(self._run.checkpoints_path, self._recipe.checkpoint.keep, also=best)
+        snapshot = self._copies.take(self._snapshot(step, state))
+        best = (convergence.best_step,) if convergence.best is not None else ()
+        self._background.start(lambda: self._save(snapshot, best))
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one. Raises what `checkpoint.save` raises.
+
+        A save that fails does so on all ranks, with one error.
+        """
+        self.last = self._background.finish() or self.last
+
+    def settle(self) -> None:
+        """Let the save in flight end, however it does: another error ends the run."""
+        with contextlib.suppress(Exception):
+            self.wait()
+
+    def _save(self, snapshot: Snapshot, best: tuple[int, ...]) -> SavedCheckpoint:
+        folder, keep = self._run.checkpoints_path, self._recipe.checkpoint.keep
+        saved = save(folder, snapshot, self._meeting, lambda: prune(folder, keep, also=best))
         self._send(
             {
                 "kind": "checkpoint",
-                "step": step,
-                "seconds": self.last.seconds,
-                "bytes": self.last.bytes,
+                "step": snapshot.step,
+                "seconds": saved.seconds,
+                "bytes": saved.bytes,
             }
         )
+        return saved
 
     def _snapshot(self, step: int, train: dict[str, Any]) -> Snapshot:
         job = self._job

@@ -19,7 +19,7 @@ from shoal.train.stop import Convergence
 from shoal.train.times import StepTimes
 
 LOGGED_STEPS = 2000  # at most so many lines of training in metrics.jsonl
-SHOWN_EVERY_S = 0.1
+SHOWN_EVERY_S = 0.25  # as often as the bar is drawn
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Loop:
     ) -> None:
         self.job = job
         self.recipe = recipe
-        self.run = run
+        self._log = run.metrics_log()
         self.is_first = job.groups.world.rank == 0
         self._send = send if self.is_first else _ignore
         self.total = job.workload.total_steps
@@ -92,9 +92,23 @@ class Loop:
         }
 
     def run_to_end(self, stop_requested: Callable[[], bool]) -> Outcome:
-        """Train from the job's next step on. Collective."""
-        step, stopping = self.job.next_step, False
+        """Train from the job's next step on; the last checkpoint is on the disk. Collective."""
         self.watch.lap("start_up")
+        try:
+            outcome = self._train(stop_requested)
+            with located(self.job.groups.world.rank, outcome.steps):
+                self.committer.wait()
+        except BaseException:
+            self.committer.settle()  # who looks for the newest checkpoint then finds it
+            raise
+        finally:
+            self._log.close()
+        self.watch.lap("checkpoint")
+        self.watch.seconds["checkpoint_hidden"] = self.committer.hidden_s
+        return outcome
+
+    def _train(self, stop_requested: Callable[[], bool]) -> Outcome:
+        step, stopping = self.job.next_step, False
         # Asked to stop before the first step: the ranks agree in a step, so do that one.
         while step < self.total and not stopping and self._reason is None:
             result = train_step(self.job, step, self._flags(stop_requested()), self.times)
@@ -110,6 +124,8 @@ class Loop:
     def _after(self, step: int, result: StepResult, stopping: bool) -> None:
         """After `step` steps: log, evaluate and commit, as far as each is due."""
         seconds, last = result.flags.seconds, step == self.total
+        if result.flags.save_failed > 0:
+            self.committer.wait()  # raises on every rank
         self.bad_examples.trained(step, result)
         self._note(step, result)
         best = False
@@ -124,7 +140,11 @@ class Loop:
             self.watch.lap("checkpoint")
 
     def _flags(self, stop: bool) -> Flags:
-        return Flags(stop=float(stop), seconds=self.elapsed if self.is_first else 0.0)
+        return Flags(
+            stop=float(stop),
+            seconds=self.elapsed if self.is_first else 0.0,
+            save_failed=float(self.committer.failed),
+        )
 
     def _evaluate(self, step: int, seconds: float, result: StepResult) -> bool:
         """Evaluate after `step` steps; whether it is the best so far."""
@@ -137,7 +157,7 @@ class Loop:
         self.watch.lap("evaluation")
         place = self._place(step)
         if self.is_first:
-            self.run.log_metrics({**place, "evaluation": self.metrics})
+            self._log.add({**place, "evaluation": self.metrics})
         epoch = place["epoch"]
         self._send({"kind": "evaluation", "step": step, "epoch": epoch, "metrics": self.metrics})
         return self.convergence.observe(step, seconds, self.metrics)
@@ -154,10 +174,12 @@ class Loop:
 
     def _note(self, step: int, result: StepResult) -> None:
         """Log and show a step, where there is reason to."""
+        if not self.is_first:
+            return
         now = time.monotonic()
         logged = step % self._log_every == 0 or step == self.total
         shown = now - self._shown >= SHOWN_EVERY_S or step == self.total
-        if not self.is_first or not (logged or shown):
+        if not (logged or shown):
             return
         line = {
             **self._place(step),
@@ -166,7 +188,7 @@ class Loop:
             "samples_per_second": self._rate(step),
         }
         if logged:
-            self.run.log_metrics(line)
+            self._log.add(line)
         if shown:
             self._shown = now
             self._send({"kind": "step", **line})

@@ -1,12 +1,13 @@
 """One training step: read → forward, backward → agree → rescale → clip → update.
 
 Beside the sums of losses and counts, one small vector carries what the ranks have to decide
-together: whether one was asked to stop, what rank 0's clock says, how many examples were bad.
+together: whether one was asked to stop, what rank 0's clock says, how many examples were bad,
+whether a checkpoint could not be saved meanwhile.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,15 +25,18 @@ class Flags:
     """What a rank brings to the agreement of a step; summed, they are what all ranks see.
 
     ``stop``: 1 where this rank was asked to. ``seconds``: rank 0's clock, 0 from all others.
+    ``save_failed``: 1 where this rank knows that the checkpoint in the background has failed.
     """
 
     stop: float = 0.0
     seconds: float = 0.0
     bad_examples: float = 0.0
+    save_failed: float = 0.0
 
     def vector(self) -> Tensor:
         """As float64, to be summed."""
-        return torch.tensor([self.stop, self.seconds, self.bad_examples], dtype=torch.float64)
+        values = [self.stop, self.seconds, self.bad_examples, self.save_failed]
+        return torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def train_step(job: Job, step: int, flags: Flags, times: StepTimes | None = None
 def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     batch, share = job.read(step)
     bad = getattr(batch, "bad", ())
-    flags = Flags(flags.stop, flags.seconds, float(len(bad)))
+    flags = replace(flags, bad_examples=float(len(bad)))
     learning_rate = job.set_learning_rate(step)
     split.book("input")
     own: list[Tensor] = []

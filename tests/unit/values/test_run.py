@@ -203,10 +203,10 @@ def test_a_full_disk_is_said_in_words() -> None:
     run = Run(Path("/dev"))
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    from shoal.run import _append
+    from shoal.run import Lines
 
     with pytest.raises(DiskFull, match="No space left on device"):
-        _append(Path("/dev/full"), {"step": 1})
+        Lines(Path("/dev/full")).add({"step": 1})
     assert run.name == "dev"
 
 
