@@ -161,8 +161,11 @@ class Npz(Source):
 
     def _read(self, header: _Header) -> NDArray[Any]:
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                array: NDArray[Any] = archive[header.name]
+            with (
+                zipfile.ZipFile(self.path) as archive,
+                archive.open(f"{header.name}.npy") as member,
+            ):
+                array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         except _UNREADABLE as error:
             raise DataMissing(
                 f"{self.path} is damaged: `{header.name}` cannot be read: {error}",
