@@ -41,9 +41,7 @@ def measure(rounds: int, share: float = 1.0) -> str:
     """The section of the results page; ``share`` of the workloads' steps, for a quick look."""
     # Extensions that a peer builds on first use are built now, not in a measured run.
     peer(shortened(WORKLOADS["small-resnet"], 0.05), "zero1")()
-    results = {
-        one.name: _side_by_side(shortened(one, share), rounds) for one in WORKLOADS.values()
-    }
+    results = {one.name: _side_by_side(shortened(one, share), rounds) for one in WORKLOADS.values()}
     parts = [
         "## 2. Defaults against defaults",
         f"Shoal with `--strategy {OURS}` as it comes; peers as their quick starts have them, in "
@@ -64,7 +62,7 @@ def _side_by_side(workload: Workload, rounds: int) -> dict[str, list[Result]]:
 
 def _section(workload: Workload, found: dict[str, list[Result]]) -> str:
     ours = found["shoal"]
-    picked = next((one["strategy"]["strategy"] for one in ours if isinstance(one, dict)), "")
+    picked = next((one["strategy"] for one in ours if isinstance(one, dict)), "")
     says = {"shoal": f"shoal, {OURS}: `{picked}`", **PEERS, TUNED: TUNED_SAYS}
     rows = [
         [
@@ -112,7 +110,11 @@ def _compiled(workload: Workload) -> str:
     }
     # One round: a compiled run takes as long as several of the others together.
     found = interleaved(ways, 1)
-    says = {"shoal": f"shoal, {OURS}", "compiled": "shoal, the same `+compile`", "ddp": PEERS["ddp"]}
+    says = {
+        "shoal": f"shoal, {OURS}",
+        "compiled": "shoal, the same `+compile`",
+        "ddp": PEERS["ddp"],
+    }
     rows = [
         [
             says[name],

@@ -24,9 +24,7 @@ def measure(rounds: int, share: float = 1.0) -> str:
         f"{one.name}: batch {one.batch}, {one.steps - one.warmup} steps after {one.warmup}"
         for one in (shortened(one, share) for one in WORKLOADS.values())
     ]
-    return "\n\n".join(
-        ["## 1. Same numerics", f"{'; '.join(about)}. {goals}", table(head, rows)]
-    )
+    return "\n\n".join(["## 1. Same numerics", f"{'; '.join(about)}. {goals}", table(head, rows)])
 
 
 def _rows(workload: Workload, rounds: int) -> list[list[str]]:

@@ -1,11 +1,11 @@
 """Measure several ways of doing the same work side by side: in turn, round after round.
 
-    round 1    a  b  c         a ratio is that of one round, so what slows the whole machine for a
-    round 2    a  b  c         while slows both of its sides; reported are the median of the rounds'
-    round 3    a  b  c         ratios, the smallest and the largest
+round 1    a  b  c         a ratio is that of one round, so what slows the whole machine for a
+round 2    a  b  c         while slows both of its sides; reported are the median of the rounds'
+round 3    a  b  c         ratios, the smallest and the largest
 
-    results = interleaved({"by hand": by_hand, "shoal": shoal}, rounds=3)
-    spread(ratios(results["shoal"], results["by hand"], RATE))     # "1.04 (1.01 to 1.07)"
+results = interleaved({"by hand": by_hand, "shoal": shoal}, rounds=3)
+spread(ratios(results["shoal"], results["by hand"], RATE))     # "1.04 (1.01 to 1.07)"
 """
 
 import contextlib
@@ -124,11 +124,11 @@ class Ended:
     peaks: tuple[int, ...]
 
     def document(self) -> Result:
-        """The last line of JSON that it printed; why there is none."""
+        """The document that it printed, perhaps after other lines; why there is none."""
         if self.status == 0:
-            for line in reversed(self.output.splitlines()):
+            for text in (self.output, *reversed(self.output.splitlines())):
                 with contextlib.suppress(ValueError):
-                    found = json.loads(line)
+                    found = json.loads(text)
                     if isinstance(found, dict):
                         return {**found, "peaks": self.peaks}
         said = [line.strip() for line in self.errors.splitlines() if line.strip()]
