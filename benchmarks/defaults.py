@@ -46,8 +46,9 @@ def measure(rounds: int, share: float = 1.0) -> str:
         "## 2. Defaults against defaults",
         f"Shoal with `--strategy {OURS}` as it comes; peers as their quick starts have them, in "
         f"float32 ({peer_versions()}). {rounds} rounds; the ratio is shoal ÷ the peer, each "
-        "round's. Rates are of the steps after the warm-up. The runs are short: accuracies show "
-        "that both learn the same, not how well the models can do.",
+        "round's. Rates are of the steps after the warm-up. Batch norm takes its statistics over a "
+        "half of the batch, as the peers' two ranks do (one process: over the batch). The runs are "
+        "short: accuracies show that all learn alike, not how well the models can do.",
     ]
     parts += [_section(shortened(WORKLOADS[name], share), found) for name, found in results.items()]
     parts += [_means(results), _compiled(shortened(WORKLOADS["small-resnet"], share))]

@@ -3,9 +3,10 @@
     share = model FLOPs of a sample × samples/s ÷ the bf16 matrix rate
 
 FLOPs are three times those that torch's counter finds in a forward pass (convolutions, matrix
-products; backward is two products for each), as is usual: its count of a backward pass takes grouped
-convolutions for whole ones, 64 times too much for 64 groups. The matrix rate is measured in the same
-run with as many processes and threads as the run has: bf16 products of several shapes, the best.
+products; backward is two products for each), as is usual: its count of a backward pass takes
+grouped convolutions for whole ones, 64 times too much for 64 groups. The matrix rate is measured in
+the same run with as many processes and threads as the run has: bf16 products of several shapes, the
+best.
 """
 
 import json

@@ -42,8 +42,9 @@ def main() -> None:
     with (HERE / ".gitignore").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit("benchmarks are running already: two would measure each other")
+        except OSError as held:
+            said = "benchmarks are running already: two would measure each other"
+            raise SystemExit(said) from held
         _run(given.rounds, given.share, asked, given.out or _page())
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import ray
 import ray.train
@@ -58,6 +59,5 @@ with tempfile.TemporaryDirectory() as folder:
         run_config=ray.train.RunConfig(storage_path=f"{folder}/results"),
     )
     trainer.fit()
-    with open(config["result"]) as result:
-        print(result.read())
+    print(Path(config["result"]).read_text())
     ray.shutdown()

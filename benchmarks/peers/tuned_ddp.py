@@ -1,4 +1,4 @@
-"""DDP tuned by hand: bf16, channels_last, fused AdamW, data in memory indexed, for honesty's sake."""
+"""DDP tuned by hand, for honesty's sake: bf16, channels_last, fused AdamW, data in memory."""
 
 import sys
 
