@@ -1,9 +1,9 @@
 """Is Shoal as fast as the loop that one would write by hand, with the same numerics?
 
 By hand (`by_hand.py`): data in memory, fused AdamW, gradients set to None; on two ranks DDP with
-its buckets as gradients, one thread a rank. `single` normalises over the batch, `dp2` over groups of
-a rank's share, which is what the hand-written loops compute. Each in float32, and in bf16 autocast
-with channels_last.
+its buckets as gradients, one thread a rank. `single` normalises over the batch, `dp2` over groups
+of a rank's share, which is what the hand-written loops compute. Each in float32, and in bf16
+autocast with channels_last.
 """
 
 from functools import partial
