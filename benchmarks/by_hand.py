@@ -23,6 +23,7 @@ def main() -> None:
     parser = loaded.arguments()
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-evaluation", action="store_true")
     parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", "0")))
     parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
     parser.add_argument("--store")
@@ -41,7 +42,7 @@ def main() -> None:
     clock = loaded.Clock(work)
     train(work, net, clock)
     if given.rank == 0:
-        clock.report(work.model)
+        clock.report(work.model, evaluated=not given.no_evaluation)
     if given.ranks > 1:
         dist.destroy_process_group()
 

@@ -33,8 +33,12 @@ def _rows(workload: Workload, rounds: int) -> list[list[str]]:
         for strategy, ranks in (("single", 1), ("dp2", 2)):
             over = "batch" if ranks == 1 else workload.batch // ranks
             make = partial(shoal, workload, strategy + suffix)
-            ways[f"{strategy}, {name}: by hand"] = by_hand(workload, *options, ranks=ranks)
-            ways[f"{strategy}, {name}: shoal"] = make(f"normalize_over={over}")
+            ways[f"{strategy}, {name}: by hand"] = by_hand(
+                workload, "--no-evaluation", *options, ranks=ranks
+            )
+            ways[f"{strategy}, {name}: shoal"] = make(
+                f"normalize_over={over}", "data.evaluate=null"
+            )
     results = interleaved(ways, rounds)
     rows = []
     for name in [name.removesuffix(": shoal") for name in ways if name.endswith(": shoal")]:

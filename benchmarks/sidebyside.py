@@ -132,7 +132,9 @@ class Ended:
                     if isinstance(found, dict):
                         return {**found, "peaks": self.peaks}
         said = [line.strip() for line in self.errors.splitlines() if line.strip()]
-        telling = [line for line in said if "Error" in line] or said or ["it said nothing"]
+        # torchrun's own error, which comes last, says only that a rank had one.
+        errors = [line for line in said if "Error" in line and "ChildFailedError" not in line]
+        telling = errors or said or ["it said nothing"]
         return f"ended with status {self.status}: {telling[-1][:200]}".replace("|", "∣")
 
 

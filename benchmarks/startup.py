@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import sidebyside
 from sidebyside import Result, interleaved, ratios, reason, spread, table, values
@@ -65,12 +66,14 @@ def _seconds(*arguments: str) -> float:
 
 def _first_step(rounds: int, share: float) -> str:
     work = shortened(WORKLOADS["small-resnet"], share * 0.5)
+    hand = partial(by_hand, work, "--no-evaluation", peaks=True)
+    over, no_evaluation = f"normalize_over={work.batch // 2}", "data.evaluate=null"
     ways = {
-        "one process, by hand": by_hand(work, peaks=True),
-        "shoal single": shoal(work, "single", peaks=True),
-        "two bare processes, by hand": by_hand(work, ranks=2, peaks=True),
-        "two ranks by torchrun, by hand": by_hand(work, ranks=2, torchrun=True, peaks=True),
-        "shoal dp2": shoal(work, "dp2", f"normalize_over={work.batch // 2}", peaks=True),
+        "one process, by hand": hand(),
+        "shoal single": shoal(work, "single", "normalize_over=batch", no_evaluation, peaks=True),
+        "two bare processes, by hand": hand(ranks=2),
+        "two ranks by torchrun, by hand": hand(ranks=2, torchrun=True),
+        "shoal dp2": shoal(work, "dp2", over, no_evaluation, peaks=True),
     }
     found = {name: _with_peaks(results) for name, results in interleaved(ways, rounds).items()}
     beside = {

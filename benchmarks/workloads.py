@@ -27,7 +27,7 @@ DATA = HERE / ".data"
 REVIEWS = "vaderSentiment-3.3.2.tar.gz"
 REVIEWS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VOCABULARY, LENGTH = 8000, 64
-TRAINED, HELD_OUT = 20_000, 2_000
+TRAINED, HELD_OUT = 20_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ WORKLOADS = {
     one.name: one
     for one in (
         Workload("small-resnet", 64, 1e-3, warmup=10, steps=60),
-        Workload("transformer", 64, 3e-4, warmup=4, steps=20),
-        Workload("resnet101", 32, 1e-3, warmup=2, steps=12),
+        Workload("transformer", 64, 3e-4, warmup=3, steps=14),
+        Workload("resnet101", 32, 1e-3, warmup=2, steps=8),
     )
 }
 
@@ -105,9 +105,9 @@ def _reviews() -> dict[str, np.ndarray]:
     text = _reviews_text().decode("latin-1")
     rows = [line.split("\t", 2) for line in text.splitlines()]
     rated = [(float(row[1]) > 0, _words(row[2])) for row in rows if float(row[1]) != 0]
-    # The file has what people liked first: every twentieth is of all of it.
-    train = [one for index, one in enumerate(rated) if index % 20]
-    held_out = rated[::20]
+    # The file has what people liked first: every fortieth is of all of it.
+    train = [one for index, one in enumerate(rated) if index % 40]
+    held_out = rated[::40]
     counts = collections.Counter(word for _, words in train for word in words)
     common = sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 2]
     ids = {word: number for number, word in enumerate(common, start=2)}
