@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := benchmarks/.venv
-PEERS_INSTALL := $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
+# -I: what PYTHONPATH has besides would count as installed.
+PEERS_INSTALL := $(PEERS)/bin/python -I -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
 # Tests measure results, not speed: one thread a process keeps two cores honest.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
