@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := benchmarks/.venv
+# -I: what PYTHONPATH has besides would count as installed.
+PEERS_INSTALL := $(PEERS)/bin/python -I -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
 # Tests measure results, not speed: one thread a process keeps two cores honest.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
@@ -34,12 +37,21 @@ lint: $(INSTALLED)  ## Style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)  ## Measure, side by side; results go to benchmarks/results
+bench: $(INSTALLED) $(PEERS)/.installed  ## Measure, side by side; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
+
+# What Shoal is measured against, apart from it. DeepSpeed's build asks the torch that is there, so
+# torch comes first, and nothing of it is compiled before it is used.
+$(PEERS)/.installed: benchmarks/constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_INSTALL) torch numpy setuptools wheel packaging ninja
+	$(PEERS_INSTALL) accelerate lightning-fabric "ray[train]" pydantic pyyaml xxhash
+	DS_BUILD_OPS=0 $(PEERS_INSTALL) --no-build-isolation deepspeed
+	touch $@
 
 docs: $(INSTALLED)  ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 clean:  ## Remove what was built (runs are kept)
-	rm -rf $(VENV) site build dist
+	rm -rf $(VENV) $(PEERS) benchmarks/.data site build dist

@@ -23,8 +23,9 @@ class BadRecord:
 class Batch:
     """Examples of one step.
 
-    ``inputs`` [n, C, H, W] float32, ``targets`` [n] int64, ``ids`` [n] int64: the examples' numbers
-    in their split, ``rows`` [n] int64: their positions within the global batch.
+    ``inputs`` [n, C, H, W] float32 (token ids: [n, L] int64), ``targets`` [n] int64, ``ids`` [n]
+    int64: the examples' numbers in their split, ``rows`` [n] int64: their positions within the
+    global batch.
     """
 
     inputs: Tensor

@@ -11,7 +11,7 @@ Reading is a pure function of its arguments: ranges that cut a step in any way g
 the whole range gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -25,13 +25,15 @@ from shoal.data.batch import BadRecord, Batch
 from shoal.data.order import order
 from shoal.data.readers import Decoded, FileReader, MemoryReader, Reader
 from shoal.data.resolve import described
-from shoal.data.sources import Description, Files, locate
+from shoal.data.sources import Arrays, Description, Files, Images, locate
 from shoal.data.sources.base import highest_label
-from shoal.data.transforms import Pipeline
-from shoal.errors import BadExample
+from shoal.data.transforms import Pipeline, as_they_are
+from shoal.errors import BadExample, DataMissing
 from shoal.recipe import SourceSpec
 
 OnBadExample = Literal["raise", "skip"]
+# (what was read, the examples' ids, epoch) -> what the model gets
+Prepare = Callable[[torch.Tensor, NDArray[np.int64], int], torch.Tensor]
 
 
 class Reading(NamedTuple):
@@ -87,13 +89,13 @@ class Feed:
     """
 
     def __init__(
-        self, description: Description, reader: Reader, pipeline: Pipeline, reading: Reading
+        self, description: Description, reader: Reader, prepare: Prepare, reading: Reading
     ) -> None:
         self.description = description
         self.batch_size = reading.batch_size
         self._reading = reading
         self._reader = reader
-        self._pipeline = pipeline
+        self._prepare = prepare
         self._order = _Order(description.examples, reading.seed)
         self._ahead: _Ahead | None = None
 
@@ -143,7 +145,7 @@ class Feed:
             kept = ~np.isin(ids, [record.id for record in decoded.bad])
             ids, rows = ids[kept], rows[kept]
         return Batch(
-            inputs=self._pipeline(decoded.pixels, ids, epoch),
+            inputs=self._prepare(decoded.pixels, ids, epoch),
             targets=self._reader.labels[torch.from_numpy(ids)],
             ids=torch.from_numpy(ids),
             rows=torch.from_numpy(rows),
@@ -210,29 +212,46 @@ def open_feed(
 ) -> Feed:
     """Open a split for reading; ``shuffle``, for training, orders by (seed, epoch) and augments.
 
-    Raises DataMissing for a source that is not there or is damaged.
+    Raises DataMissing for a source that is not there or is damaged, and for a transform of images
+    where there are none.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, given {batch_size}")
     source = locate(spec.source)
     loaded = source.load(spec.split)
-    size = spec.transform.image_size
-    reader: Reader
-    if isinstance(loaded, Files):
-        reader, resized = FileReader(loaded, size or loaded.image_size), None
-    else:
-        reader, resized = MemoryReader(loaded), size
-    pipeline = Pipeline(
-        scale=loaded.scale,
-        image_size=resized,
-        normalize=spec.transform.normalize,
-        augment=spec.transform.augment if shuffle else "none",
-        seed=seed,
-    )
-    reading = Reading(batch_size, seed, shuffle, on_bad_example)
     # A description leaves out labels that take long to read; here they have been read.
     about = replace(described(source, spec), highest_label=highest_label(loaded.labels))
-    return Feed(about, reader, pipeline, reading)
+    reader: Reader
+    if isinstance(loaded, Files):
+        reader = FileReader(loaded, spec.transform.image_size or loaded.image_size)
+    else:
+        reader = MemoryReader(loaded)
+    prepare = _preparation(spec, loaded, about, seed if shuffle else None)
+    reading = Reading(batch_size, seed, shuffle, on_bad_example)
+    return Feed(about, reader, prepare, reading)
+
+
+def _preparation(
+    spec: SourceSpec, loaded: Images | Arrays | Files, about: Description, seed: int | None
+) -> Prepare:
+    """The transform of a source's examples; without a seed nothing is augmented."""
+    transform = spec.transform
+    if isinstance(loaded, Arrays):
+        if transform.augment != "none":
+            raise DataMissing(
+                f"{about.name} holds {about.kind}, and the recipe asks for "
+                f"augment: {transform.augment}, which is for images",
+                hint="leave out transform.augment",
+            )
+        return as_they_are
+    return Pipeline(
+        scale=loaded.scale,
+        # Files have been brought to their size when they were decoded.
+        image_size=None if isinstance(loaded, Files) else transform.image_size,
+        normalize=transform.normalize,
+        augment="none" if seed is None else transform.augment,
+        seed=seed or 0,
+    )
 
 
 def _unreadable(bad: tuple[BadRecord, ...], step: int) -> BadExample:

@@ -1,6 +1,6 @@
 """From example numbers to pixels: out of one tensor in memory, or out of files decoded by threads.
 
-    MemoryReader(images).fetch(ids)      one indexing of a uint8 tensor; no work per example
+    MemoryReader(images).fetch(ids)      one indexing of a tensor; no work per example
     FileReader(files, 224).begin(ids)    tasks of a few images each, for a pool of threads
 
 Threads, not processes: Pillow lets go of the interpreter while it decodes and resizes, and nothing
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.data.batch import BadRecord
 from shoal.data.decode import decode, quiet_pillow, reason
-from shoal.data.sources import Files, Images
+from shoal.data.sources import Arrays, Files, Images
 
 _IMAGES_A_TASK: Final = 8
 _MAX_THREADS: Final = 8
@@ -28,7 +28,10 @@ _MAX_THREADS: Final = 8
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Pixels uint8 [n, C, H, W] of the examples that could be read, in order, and the others."""
+    """Pixels uint8 [n, C, H, W] of the examples that could be read, in order, and the others.
+
+    Of examples that are no images: what the model gets, int64 or float32 [n, …].
+    """
 
     pixels: Tensor
     bad: tuple[BadRecord, ...] = ()
@@ -57,12 +60,13 @@ class Reader(ABC):
 
 
 class MemoryReader(Reader):
-    """Images held once, as a uint8 tensor."""
+    """Images held once, as a uint8 tensor; or token ids or features, in the model's type."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, examples: Images | Arrays) -> None:
+        pixels = examples.pixels if isinstance(examples, Images) else examples.inputs
         # torch warns of memory that it may not write to, as the bytes of a file are.
-        self._pixels = torch.from_numpy(np.require(images.pixels, requirements=["C", "W"]))
-        self.labels = torch.from_numpy(np.require(images.labels, requirements=["C", "W"]))
+        self._pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        self.labels = torch.from_numpy(np.require(examples.labels, requirements=["C", "W"]))
 
     def fetch(self, ids: NDArray[np.int64]) -> Decoded:
         return Decoded(self._pixels.index_select(0, torch.from_numpy(ids)))

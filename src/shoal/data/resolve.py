@@ -43,6 +43,11 @@ def described(source: Source, spec: SourceSpec) -> Description:
     size = spec.transform.image_size
     if size is None:
         return about
+    if about.in_channels is None:
+        raise DataMissing(
+            f"{about.name} holds {about.kind}, and the recipe asks for images of {size} pixels",
+            hint="leave out transform.image_size",
+        )
     return replace(about, image_size=size, input_shape=(about.in_channels, size, size))
 
 
@@ -120,6 +125,14 @@ def _asked_for(wanted: SourceSpec, train: SourceSpec) -> SourceSpec:
 def _matching(train: SourceSpec, evaluate: SourceSpec) -> SourceSpec:
     """The evaluation at the training data's size. Raises DataMissing if the sets do not match."""
     trained, evaluated = describe(train), describe(evaluate)
+    if trained.kind != evaluated.kind or (
+        trained.kind != "images" and trained.input_shape != evaluated.input_shape
+    ):
+        raise DataMissing(
+            f"{evaluated.name} holds {evaluated.kind} {_by(evaluated.input_shape)}, "
+            f"{trained.name}, which is trained on, {trained.kind} {_by(trained.input_shape)}",
+            hint="evaluate on examples of the same kind: `--set data.evaluate=…`",
+        )
     if trained.in_channels != evaluated.in_channels:
         raise DataMissing(
             f"the images of {evaluated.name} have {evaluated.in_channels} channel(s), "
@@ -137,6 +150,10 @@ def _matching(train: SourceSpec, evaluate: SourceSpec) -> SourceSpec:
         sized = evaluate.transform.model_copy(update={"image_size": trained.image_size})
         return evaluate.model_copy(update={"transform": sized})
     return evaluate
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _difference(trained: tuple[str, ...] | None, evaluated: tuple[str, ...] | None) -> str:

@@ -61,6 +61,11 @@ class Pipeline:
         return torch.tensor(self.scale.std).view(1, -1, 1, 1) * self.scale.highest
 
 
+def as_they_are(inputs: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
+    """The transform of token ids and features: none."""
+    return inputs
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Shorter side to ``size``, then the centre square: float [n, C, H, W] -> [n, C, S, S]."""
     height, width = images.shape[-2:]

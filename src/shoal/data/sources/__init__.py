@@ -1,6 +1,6 @@
 """Sources of examples: one file a format, found by a known name or by looking at the files.
 
-locate("digits")        locate("fashion-mnist")        locate("path/to/images")
+locate("digits")     locate("fashion-mnist")     locate("path/to/images")     locate("set.npz")
 """
 
 from difflib import get_close_matches
@@ -11,6 +11,7 @@ from shoal.data.sources.base import (
     ALL,
     TEST,
     TRAIN,
+    Arrays,
     Description,
     Files,
     Images,
@@ -20,6 +21,7 @@ from shoal.data.sources.base import (
 from shoal.data.sources.digits import Digits
 from shoal.data.sources.folder import ImageFolder
 from shoal.data.sources.idx import KNOWN_SETS, Idx, is_idx_folder, known_set
+from shoal.data.sources.npz import Npz, is_npz
 from shoal.env import data_home
 from shoal.errors import DataMissing
 
@@ -28,12 +30,14 @@ __all__ = [
     "KNOWN_NAMES",
     "TEST",
     "TRAIN",
+    "Arrays",
     "Description",
     "Digits",
     "Files",
     "Idx",
     "ImageFolder",
     "Images",
+    "Npz",
     "Scale",
     "Source",
     "locate",
@@ -55,9 +59,12 @@ def locate(source: str) -> Source:
     if path.is_dir():
         return Idx(source, path) if is_idx_folder(path) else ImageFolder(source, path)
     if path.exists():
+        if path.suffix == ".npz" or (path.is_file() and is_npz(path)):
+            return Npz(source, path)
         raise DataMissing(
-            f"{source} is a file",
-            hint="needed: a folder with one subfolder of images a class, or a folder of IDX files",
+            f"{source} is a file, and no NumPy archive (.npz)",
+            hint="needed: a folder with one subfolder of images a class, a folder of IDX files, or "
+            "a .npz file",
         )
     near = get_close_matches(source, KNOWN_NAMES, n=1)
     raise DataMissing(

@@ -1,7 +1,7 @@
 """What every source of examples answers: what is there, which splits it has, and the examples.
 
     locate("digits").describe("train")      -> Description       cheap: names, headers, labels
-    locate("digits").load("train")          -> Images | Files    what a feed reads from
+    locate("digits").load("train")          -> Images | Arrays | Files    what a feed reads from
 
 A format is one file beside this one with one final class. Nothing here needs torch.
 """
@@ -22,16 +22,18 @@ ALL = "all"
 TRAIN = "train"
 TEST = "test"
 
-Format = Literal["digits", "idx", "image folder"]
+Format = Literal["digits", "idx", "image folder", "npz"]
+Kind = Literal["images", "tokens", "features"]
 
 
 @dataclass(frozen=True)
 class Description:
     """What a source holds in one split, as far as a cheap look can tell.
 
-    ``image_size`` is the side of the square that a feed gives (None: not square), ``input_shape``
-    the (channels, height, width) of one example, ``bytes`` the size of the files on disk.
-    ``highest_label`` is (label, the first example that has it).
+    ``image_size`` is the side of the square that a feed gives (None: not square, or no images),
+    ``in_channels`` None where there are no images, ``input_shape`` that of one example (of an
+    image: channels, height, width), ``bytes`` the size of the files on disk. ``highest_label`` is
+    (label, the first example that has it).
     """
 
     name: str
@@ -40,11 +42,12 @@ class Description:
     examples: int
     classes: tuple[str, ...] | None
     image_size: int | None
-    in_channels: int
-    input_shape: tuple[int, int, int]
+    in_channels: int | None
+    input_shape: tuple[int, ...]
     bytes: int
     fingerprint: str
     highest_label: tuple[int, int] | None = None
+    kind: Kind = "images"
 
     @property
     def num_classes(self) -> int | None:
@@ -72,6 +75,14 @@ class Images:
     def select(self, chosen: NDArray[np.integer]) -> "Images":
         """The examples at these indices, in that order."""
         return Images(self.pixels[chosen], self.labels[chosen], self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Examples in memory that the model gets as they are: token ids int64 or features float32."""
+
+    inputs: NDArray[np.int64] | NDArray[np.float32]
+    labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +140,7 @@ class Source(ABC):
         """What is there, without decoding it. Raises DataMissing."""
 
     @abstractmethod
-    def load(self, split: str | None) -> Images | Files:
+    def load(self, split: str | None) -> Images | Arrays | Files:
         """The examples of a split, ready to be read by index. Raises DataMissing."""
 
 
