@@ -3,11 +3,21 @@
     groups = Groups.form(context.rank, context.world_size, context.store, …)
     groups.data.all_reduce(tensor, "metric")      # summed in place; every byte counted
 
-`Groups.alone()` is one process with no group at all: every collective is then the identity.
+Ranks of one host on the CPU talk through memory that they share (`shared_memory/`), others by
+gloo or NCCL. `Groups.alone()` is one process with no group at all: every collective is then the
+identity.
 """
 
 from shoal.comm.counter import ByteCounter, Purpose
 from shoal.comm.failures import is_peer_failure, peer_failures
-from shoal.comm.groups import Group, Groups
+from shoal.comm.groups import Group, Groups, Transport
 
-__all__ = ["ByteCounter", "Group", "Groups", "Purpose", "is_peer_failure", "peer_failures"]
+__all__ = [
+    "ByteCounter",
+    "Group",
+    "Groups",
+    "Purpose",
+    "Transport",
+    "is_peer_failure",
+    "peer_failures",
+]

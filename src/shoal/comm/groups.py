@@ -3,18 +3,22 @@
 import json
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from shoal.comm import shared_memory
 from shoal.comm.counter import ByteCounter, Purpose
 from shoal.comm.failures import peer_failures
 from shoal.comm.meeting import open_store
+from shoal.comm.shared_memory import CannotShare, SharedMemoryGroup
+from shoal.errors import WorldError
 
 TIMEOUT_S = 600.0
+Transport = Literal["auto", "shared_memory", "gloo"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,17 @@ class Groups:
     """The groups of one generation of ranks.
 
     ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
-    own (batch statistics must not queue behind a gradient bucket in flight).
+    own (batch statistics must not queue behind a gradient bucket in flight). ``transport`` is what
+    carries their collectives, "none" for a rank alone; ``reason`` why "auto" did not take shared
+    memory.
     """
 
     world: Group
     data: Group
     statistics: Group
     device: torch.device
+    transport: str = "none"
+    reason: str | None = None
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:
@@ -115,30 +123,85 @@ class Groups:
         generation: str,
         device: torch.device | None = None,
         *,
+        transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> Self:
         """Meet the other ranks at `store` (``file:PATH``, ``tcp:HOST:PORT``, ``agent:HOST:PORT``).
 
-        Collective over all ranks. Raises `WorldError` if the meeting place cannot be had.
+        ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
+        CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
+        shared memory that was asked for.
         """
         device = device or torch.device("cpu")
         if world_size == 1:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
-        meeting = PrefixStore(generation, open_store(store, rank, world_size, timeout))
-        # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        counter = ByteCounter()
+        place = open_store(store, rank, world_size, timeout)
+        member = _Member(rank, world_size, PrefixStore(generation, place), timeout)
         with peer_failures():
-            dist.init_process_group(
-                backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
-            )
-            world = Group(rank, world_size, dist.group.WORLD, counter)
-            others = dist.new_group(timeout=timeout, backend=backend)
-        statistics = Group(rank, world_size, others, counter)
-        return cls(world, world, statistics, device)
+            reason = _why_not_shared(transport, device)
+            if reason is None:
+                try:
+                    world, statistics = member.groups(shared_memory.BACKEND)
+                    return cls(world, world, statistics, device, _carrier(world))
+                except CannotShare as error:
+                    reason = str(error)
+            if transport == "shared_memory":
+                raise WorldError(
+                    f"the ranks cannot share memory: {reason}",
+                    hint="Leave the choice to the program (--comm auto), or use --comm gloo.",
+                    rank=rank,
+                )
+            # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            world, statistics = member.groups(backend)
+        carrier = "nccl" if device.type == "cuda" else "gloo"
+        return cls(world, world, statistics, device, carrier, reason)
 
     def close(self) -> None:
         """Leave the groups. Collective."""
         if self.world.process_group is not None:
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One rank where all of them meet."""
+
+    rank: int
+    world_size: int
+    meeting: PrefixStore
+    timeout: timedelta
+
+    def groups(self, backend: str) -> tuple[Group, Group]:
+        """All ranks, and all ranks again. Raises `CannotShare` on every rank, or on none."""
+        shared_memory.register()
+        counter = ByteCounter()
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(backend, self.meeting),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=self.timeout,
+        )
+        world = Group(self.rank, self.world_size, dist.group.WORLD, counter)
+        try:
+            others = dist.new_group(timeout=self.timeout, backend=backend)
+        except CannotShare:
+            dist.destroy_process_group()
+            raise
+        return world, Group(self.rank, self.world_size, others, counter)
+
+
+def _why_not_shared(transport: Transport, device: torch.device) -> str | None:
+    """What is known before the others are asked; None if nothing speaks against it."""
+    if device.type != "cpu":
+        return f"tensors are on {device.type}"
+    return "gloo was asked for" if transport == "gloo" else None
+
+
+def _carrier(group: Group) -> str:
+    """``shared_memory``, or ``shared_memory_python`` without the C library."""
+    assert isinstance(group.process_group, SharedMemoryGroup)
+    core = group.process_group.core_name
+    return "shared_memory" if core == "C" else "shared_memory_python"
