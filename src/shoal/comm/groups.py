@@ -97,8 +97,8 @@ class Groups:
 
     ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
     own (batch statistics must not queue behind a gradient bucket in flight). ``transport`` is what
-    carries their collectives, "none" for a rank alone; ``reason`` why "auto" did not take shared
-    memory.
+    carries their collectives, "none" for a rank alone; ``reason`` why "auto" could not take shared
+    memory on the CPU.
     """
 
     world: Group
@@ -156,7 +156,8 @@ class Groups:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             world, statistics = member.groups(backend)
         carrier = "nccl" if device.type == "cuda" else "gloo"
-        return cls(world, world, statistics, device, carrier, reason)
+        told = reason if transport == "auto" and device.type == "cpu" else None
+        return cls(world, world, statistics, device, carrier, told)
 
     def close(self) -> None:
         """Leave the groups. Collective."""

@@ -58,7 +58,7 @@ def train_on_rank(
         device,
         transport=cast(Transport, task.transport),
     )
-    if groups.world.rank == 0 and groups.reason and task.transport == "auto" and device.type == "cpu":
+    if groups.world.rank == 0 and groups.reason is not None:
         message = f"gloo between ranks, as they cannot share memory: {groups.reason}"
         context.send({"kind": "event", "event": "choice", "message": message})
     with located(context.rank):

@@ -71,7 +71,8 @@ class PlainCore:
         self._poll = select.poll()
         self._of_fd = {memory.process_fds[rank]: rank for rank in self._others}
         for descriptor in self._of_fd:
-            self._poll.register(descriptor, select.POLLIN)
+            if descriptor >= 0:
+                self._poll.register(descriptor, select.POLLIN)
         self._sequence = 0
         self._tick = 0
 
