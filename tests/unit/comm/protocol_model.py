@@ -67,7 +67,7 @@ class Machine:
         return State((Rank(),) * n, (0,) * n, (0,) * n, (0,) * (n * self.p.slots))
 
     def after(self, state: State, r: int) -> State | None:
-        """The state after the next step of rank `r`; None if it has none (it sleeps, or is done)."""
+        """The state after the next step of rank `r`; None if it sleeps or is done."""
         rank = state.ranks[r]
         if rank.doing in ("asleep", "done"):
             return None

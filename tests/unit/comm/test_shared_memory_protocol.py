@@ -1,4 +1,4 @@
-"""The protocol of `core.c`: every order of events in a model, and the C code under ThreadSanitizer."""
+"""The protocol of `core.c`: every order of events in a model; the C under ThreadSanitizer."""
 
 import os
 import shutil
