@@ -3,8 +3,8 @@
     python benchmarks/collectives.py [--rounds 5]
 
 All collectives, from 4 KB to 64 MB, on two ranks and on four (where there are fewer cores, ranks
-take turns), by three carriers interleaved in one run: gloo, shared memory with the C library, shared
-memory in Python. A size is that of the largest tensor: what an all-gather gives, what a
+take turns), by three carriers interleaved in one run: gloo, shared memory with the C library, and
+shared memory in Python. A size is that of the largest tensor: what an all-gather gives, what a
 reduce-scatter takes. One thread a rank. Then a step of DistributedDataParallel by each.
 """
 

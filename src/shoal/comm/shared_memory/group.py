@@ -44,7 +44,7 @@ _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 def register() -> None:
     """Make the backend known to torch. May be called again."""
     if BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(BACKEND, _make, extended_api=True, devices="cpu")
+        dist.Backend.register_backend(BACKEND, _make, extended_api=True, devices=["cpu"])
 
 
 def _make(options: Any, _backend_options: Any) -> "SharedMemoryGroup":
@@ -105,7 +105,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if self._error is None:
             self._error = RuntimeError("this rank has left its shared-memory group")
             self._core.leave(-1)
-            self._turns.close()
+            self._turns.close(self._memory.close)
 
     abort = shutdown
 

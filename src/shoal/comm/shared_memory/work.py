@@ -5,7 +5,9 @@
     work = turns.start(job)        # in the group's thread; work.wait(), work.get_future()
 
 A job returns the tensors of its result and raises if it fails. Two thread switches cost more than a
-small collective, so a caller who waits anyway runs it itself.
+small collective, so a caller who waits anyway runs it itself. So does the group's thread when a
+callback of a future starts another one (torch's PowerSGD hook does, and waits for it): it comes
+right after the one that it follows from, on all ranks.
 """
 
 import queue
@@ -109,6 +111,9 @@ class Turns:
 
     def run(self, job: Job) -> dist.Work:
         """Run `job` to its end; raises what it raises."""
+        if self._in_own_thread():
+            with self._turn:
+                return Done(job())
         with self._mutex:
             idle = self._waiting == 0
             if idle:
@@ -131,6 +136,9 @@ class Turns:
         # What a callback raises is an error for C++ too; `set_exception` would hand DDP's reducer
         # an exception as if it were the result.
         future = opened.then(_outcome)
+        if self._in_own_thread():
+            self._finish(job, opened)
+            return Work(future, opened)
         with self._mutex:
             self._waiting += 1
             if self._thread is None:
@@ -140,26 +148,34 @@ class Turns:
             self._jobs.put((job, opened))
         return Work(future, opened)
 
-    def close(self) -> None:
-        """Let the thread end after what it was given."""
+    def close(self, last: Callable[[], None]) -> None:
+        """Let the thread end after what it was given; ``last`` is done unless a job is stuck."""
         with self._mutex:
             if self._thread is not None:
                 self._jobs.put(None)
-                self._thread = None
+        if self._turn.acquire(blocking=False):
+            last()
+            self._turn.release()
+
+    def _in_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def _serve(self) -> None:
         while (entry := self._jobs.get()) is not None:
-            job, opened = entry
-            result: list[Tensor] | BaseException
-            with self._turn:
-                try:
-                    result = job()
-                except BaseException as error:
-                    result = error
-            with self._mutex:
-                self._waiting -= 1
-            opened.set_result(result)
-            del entry, job, opened, result  # no tensor is kept until the next job comes
+            self._finish(*entry, waiting=1)
+            del entry  # no tensor is kept until the next job comes
+
+    def _finish(self, job: Job, opened: Future, waiting: int = 0) -> None:
+        """Run a job and tell its future; ``waiting``: how many fewer there are then."""
+        result: list[Tensor] | BaseException
+        with self._turn:
+            try:
+                result = job()
+            except BaseException as error:
+                result = error
+        with self._mutex:
+            self._waiting -= waiting
+        opened.set_result(result)
 
 
 def _outcome(done: Future) -> Any:
