@@ -54,7 +54,7 @@ def call_of(name, count):
         "all-gather": lambda group: gather(whole, part, group=group),
         "broadcast": lambda group: dist.broadcast(whole, 0, group=group),
         "barrier": lambda group: dist.barrier(group=group),
-        "copy": lambda group: copied.copy_(original),
+        "copy": lambda group: (copied.copy_(original), dist.barrier(group=groups["C"])),
     }[name]
 
 copied, original = torch.ones(1 << 24), torch.ones(1 << 24)
