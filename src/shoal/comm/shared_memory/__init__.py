@@ -13,8 +13,12 @@ at a time. What it promises:
 - Sums are in rank order (bfloat16 and float16 accumulate in float32 and are rounded once), so their
   bits depend neither on an element's place in its buffer nor on how gradients are put into buckets.
 - Different collectives at the same time (kind, type, size, root) are an error that names both.
-- A killed rank is an error within a tenth of a second, a stopped one at the group's time-out; both
-  name the rank. Nothing is left when all ranks are killed, as nothing has a name.
+- A killed rank is an error within some 0.1 s, a stopped one at the group's time-out; both name the
+  rank. Nothing is left when all ranks are killed, as nothing has a name.
+
+How many times as fast as gloo over loopback (medians of benchmarks/collectives.py on 2 cores, which
+vary with what else the host does): all-reduce of 1, 4, 16, 64 MB of float32 on two ranks 24, 10, 5, 4
+with the C library and 8, 4, 3, 2 in Python; on four ranks 5, 3, 2, 2 and 3.5, 1.6, 1.1, 1.5.
 """
 
 from shoal.comm.shared_memory.failure import CALLS_SIGN, PEER_SIGN, CannotShare
