@@ -17,8 +17,8 @@ at a time. What it promises:
   rank. Nothing is left when all ranks are killed, as nothing has a name.
 
 How many times as fast as gloo over loopback (medians of benchmarks/collectives.py on 2 cores, which
-vary with what else the host does): all-reduce of 1, 4, 16, 64 MB of float32 on two ranks 24, 10, 5, 4
-with the C library and 8, 4, 3, 2 in Python; on four ranks 5, 3, 2, 2 and 3.5, 1.6, 1.1, 1.5.
+vary with what else the host does): all-reduce of 1, 4, 16, 64 MB of float32 on two ranks 24, 10,
+5, 4 with the C library and 8, 4, 3, 2 in Python; on four ranks 5, 3, 2, 2 and 3.5, 1.6, 1.1, 1.5.
 """
 
 from shoal.comm.shared_memory.failure import CALLS_SIGN, PEER_SIGN, CannotShare
