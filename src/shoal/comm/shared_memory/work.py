@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+JOIN_S = 5.0  # how long a thread that is not stuck may take to end
+
 Job = Callable[[], list[Tensor]]
 Future = torch.futures.Future[Any]
 
@@ -156,6 +158,9 @@ class Turns:
         if self._turn.acquire(blocking=False):
             last()
             self._turn.release()
+            if self._thread is not None and not self._in_own_thread():
+                # An interpreter that ends while the thread is in torch's C++ would abort.
+                self._thread.join(JOIN_S)
 
     def _in_own_thread(self) -> bool:
         return threading.current_thread() is self._thread
