@@ -17,7 +17,7 @@ help:  ## Show the verbs
 
 install: $(INSTALLED)  ## Make .venv with Shoal and what development needs
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt src/shoal/comm/shared_memory/core.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(INSTALLED)

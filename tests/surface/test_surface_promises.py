@@ -16,8 +16,8 @@ SOURCE = ROOT / "src/shoal"
 # As far as this version goes; sinks and traces of `train` come with later ones.
 OPTIONS = {
     "train": {
-        "--strategy", "-s", "--out", "--set", "--resume", "--max-restarts", "--verbose", "--json",
-        "--debug", "--help", "-h",
+        "--strategy", "-s", "--out", "--set", "--resume", "--max-restarts", "--comm", "--verbose",
+        "--json", "--debug", "--help", "-h",
     },
     "verify": {
         "--strategy", "-s", "--steps", "--set", "--out", "--json", "--debug", "--help", "-h",

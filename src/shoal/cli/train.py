@@ -1,10 +1,20 @@
 """`shoal train RECIPE`: train, show progress, write the run folder."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Carrier(StrEnum):
+    """The choices of --comm."""
+
+    AUTO = "auto"
+    SHM = "shm"
+    GLOO = "gloo"
+
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, as in recipes/digits.yaml.")]
 StrategyText = Annotated[
@@ -18,6 +28,12 @@ Changes = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-0001, …")]
+Comm = Annotated[
+    Carrier,
+    typer.Option(
+        help="What carries data between ranks: shm is memory that one host's ranks share."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Add tracebacks to errors.")]
 
@@ -33,6 +49,7 @@ def command(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again when a rank dies.")
     ] = 0,
+    comm: Comm = Carrier.AUTO,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show more.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -47,7 +64,8 @@ def command(
         from shoal.train import Options, train_with
 
         loaded = load_recipe(recipe, tuple(changes or ()))
-        options = Options(out, resume, max_restarts, verbose)
+        transport = "shared_memory" if comm is Carrier.SHM else comm.value
+        options = Options(out, resume, max_restarts, verbose, transport=transport)
         ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options, begin)
     if ended.error is not None:
         leave(ended.error, ended.exit_status, debug, ended.document, as_json=as_json)

@@ -6,19 +6,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from shoal.comm import shared_memory
 from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import peer_failures
 from shoal.comm.meeting import open_store
 from shoal.comm.pending import Pending
+from shoal.comm.shared_memory import CannotShare, SharedMemoryGroup
+from shoal.errors import WorldError
 
 TIMEOUT_S = 600.0
+Transport = Literal["auto", "shared_memory", "gloo"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Group:
         padded[: len(data)] = data
         gathered = self.all_gather(padded, purpose)
         return [
-            json.loads(bytes(row[:length].tolist()))
+            json.loads(row[:length].numpy().tobytes())
             for row, length in zip(gathered, lengths, strict=True)
         ]
 
@@ -109,6 +113,8 @@ class Groups:
     ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
     own (batch statistics must not queue behind a gradient bucket in flight), ``checkpoint`` all
     ranks over connections for the thread that saves while the others are in use: host memory only.
+    ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
+    could not take shared memory on the CPU.
     """
 
     world: Group
@@ -116,6 +122,8 @@ class Groups:
     statistics: Group
     checkpoint: Group
     device: torch.device
+    transport: str = "none"
+    reason: str | None = None
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:
@@ -132,32 +140,93 @@ class Groups:
         generation: str,
         device: torch.device | None = None,
         *,
+        transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> Self:
         """Meet the other ranks at `store` (``file:PATH``, ``tcp:HOST:PORT``, ``agent:HOST:PORT``).
 
-        Collective over all ranks. Raises `WorldError` if the meeting place cannot be had.
+        ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
+        CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
+        shared memory that was asked for.
         """
         device = device or torch.device("cpu")
         if world_size == 1:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
-        meeting = PrefixStore(generation, open_store(store, rank, world_size, timeout))
-        # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        counter = Counter()
+        place = open_store(store, rank, world_size, timeout)
+        member = _Member(rank, world_size, PrefixStore(generation, place), timeout)
         with peer_failures():
-            dist.init_process_group(
-                backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
-            )
-            world = Group(rank, world_size, dist.group.WORLD, counter)
-            others = dist.new_group(timeout=timeout, backend=backend)
-            for_saving = dist.new_group(timeout=timeout, backend="gloo")
-        statistics = Group(rank, world_size, others, counter)
-        checkpoint = Group(rank, world_size, for_saving, counter)
-        return cls(world, world, statistics, checkpoint, device)
+            reason = _why_not_shared(transport, device)
+            if reason is None:
+                try:
+                    world, statistics, saving = member.groups(shared_memory.BACKEND)
+                    return cls(world, world, statistics, saving, device, _carrier(world))
+                except CannotShare as error:
+                    reason = str(error)
+            if transport == "shared_memory":
+                raise WorldError(
+                    f"the ranks cannot share memory: {reason}",
+                    hint="Leave the choice to the program (--comm auto), or use --comm gloo.",
+                    rank=rank,
+                )
+            # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            world, statistics, saving = member.groups(backend)
+        carrier = "nccl" if device.type == "cuda" else "gloo"
+        told = reason if transport == "auto" and device.type == "cpu" else None
+        return cls(world, world, statistics, saving, device, carrier, told)
 
     def close(self) -> None:
         """Leave the groups. Collective."""
         if self.world.process_group is not None:
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One rank where all of them meet."""
+
+    rank: int
+    world_size: int
+    meeting: PrefixStore
+    timeout: timedelta
+
+    def groups(self, backend: str) -> tuple[Group, Group, Group]:
+        """All ranks, three times. Raises `CannotShare` on every rank, or on none."""
+        shared_memory.register()
+        counter = Counter()
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(backend, self.meeting),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=self.timeout,
+        )
+        for_saving = "gloo" if "nccl" in backend else backend
+        try:
+            made = [
+                dist.group.WORLD,
+                dist.new_group(timeout=self.timeout, backend=backend),
+                dist.new_group(timeout=self.timeout, backend=for_saving),
+            ]
+        except CannotShare:
+            dist.destroy_process_group()
+            raise
+        world, statistics, checkpoint = (
+            Group(self.rank, self.world_size, each, counter) for each in made
+        )
+        return world, statistics, checkpoint
+
+
+def _why_not_shared(transport: Transport, device: torch.device) -> str | None:
+    """What is known before the others are asked; None if nothing speaks against it."""
+    if device.type != "cpu":
+        return f"tensors are on {device.type}"
+    return "gloo was asked for" if transport == "gloo" else None
+
+
+def _carrier(group: Group) -> str:
+    """``shared_memory``, or ``shared_memory_python`` without the C library."""
+    assert isinstance(group.process_group, SharedMemoryGroup)
+    core = group.process_group.core_name
+    return "shared_memory" if core == "C" else "shared_memory_python"

@@ -32,6 +32,7 @@ def known(run: Run, resolved: Resolved) -> dict[str, Any]:
         "samples_per_second": 0.0,
         "metrics": {},
         "peak_memory_bytes": [],
+        "comm": None,
         "comm_bytes": {},
         "timings": {},
         "versions": versions(),

@@ -26,6 +26,7 @@ class Options:
     max_restarts: int = 0
     verbose: bool = False
     tell_end: bool = False  # with a line among those of the progress
+    transport: str = "auto"  # between ranks: auto, shared_memory, gloo
 
 
 def open_run(recipe: Recipe, options: Options) -> Run:

@@ -148,6 +148,7 @@ class _Front:
             "device": self._resolved.device,
             "run": str(self._run.path.resolve()),
             "resume": resume,
+            "transport": self._options.transport,
         }
         self._ranks_started = True
         with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:

@@ -84,6 +84,7 @@ class _Part:
             device=self._resolved.device,
             run=None,
             resume=self._options.resume,
+            transport=self._options.transport,
         )
         try:
             summary = train_on_rank(self._context, task, open_folder, self._opened)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_valid
-from shoal.comm import Groups
+from shoal.comm import Groups, Transport
 from shoal.errors import CheckpointDamaged, RunError, RunFolderError, ShoalError
 from shoal.job import Execution, Job, assemble, workload_of
 from shoal.launch import Context
@@ -32,6 +32,7 @@ class Task:
     device: str
     run: str | None  # the run's folder; None where rank 0 opens it once the ranks have met
     resume: bool
+    transport: str = "auto"  # a `comm.Transport`
 
 
 def train_on_rank(
@@ -50,8 +51,16 @@ def train_on_rank(
     torch.set_num_threads(context.threads)
     device = device_of(task.device, context.local_rank)
     groups = Groups.form(
-        context.rank, context.world_size, context.store, context.generation, device
+        context.rank,
+        context.world_size,
+        context.store,
+        context.generation,
+        device,
+        transport=cast(Transport, task.transport),
     )
+    if groups.world.rank == 0 and groups.reason is not None:
+        message = f"gloo between ranks, as they cannot share memory: {groups.reason}"
+        context.send({"kind": "event", "event": "choice", "message": message})
     with located(context.rank):
         compare(groups.world, _program(recipe, strategy, device))
         folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
@@ -211,6 +220,7 @@ def _summary(
         "best": loop.convergence.state(),
         "bad_examples": loop.bad_examples.count,
         "peak_memory_bytes": [each["peak"] for each in everywhere],
+        "comm": job.groups.transport,
         "comm_bytes": _by_rank([each["bytes"] for each in everywhere]),
         "timings": {name: round(value, 4) for name, value in (seconds | split).items()},
         "versions": versions(),

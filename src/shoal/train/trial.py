@@ -41,7 +41,12 @@ def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
         return {"tried": [], "reason": reason}
     device = device_of(task["device"], context.local_rank)
     groups = Groups.form(
-        context.rank, context.world_size, context.store, context.generation, device
+        context.rank,
+        context.world_size,
+        context.store,
+        context.generation,
+        device,
+        transport=task.get("transport", "auto"),
     )
     tried: list[Tried] = []
     for each in chosen:
