@@ -53,9 +53,10 @@ def _failing(context: Context, rank: int, at: int, task: dict[str, Any]) -> dict
     done: list[int] = []
     step, write = loop.train_step, os.write
 
-    def counted(job: Any, number: int, flags: Any) -> Any:
-        result = step(job, number, flags)
+    def counted(job: Any, number: int, *others: Any) -> Any:
+        result = step(job, number, *others)
         done.append(number + 1)
+        time.sleep(0.002)  # so that what fails in a thread is found well before the next save
         return result
 
     loop.train_step = counted
