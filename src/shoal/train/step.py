@@ -79,10 +79,12 @@ def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     totals = job.replica.forward_backward(batch, step, share, start)
     split.book("backward")
     loss_sum, count, *shared = totals.tolist()
-    if not math.isfinite(loss_sum):
-        _refuse(own[0], job.groups.data, step)
     hidden = job.agreement.hidden_s
     job.agreement.agree(job.replica)
+    # Not before: a rank that has not used every parameter still has gradients to send, and would
+    # make this collective while others wait for them.
+    if not math.isfinite(loss_sum):
+        _refuse(own[0], job.groups.data, step)
     split.hidden(job.agreement.hidden_s - hidden)
     split.book("communication_exposed")
     job.replica.rescale(count)
