@@ -40,6 +40,7 @@ class BatchGroups:
     crosses: bool = False
     recomputing: bool = False
     _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
+    _sent: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
     _sum: Pending | None = None
 
     def begin(self, rows: Tensor, batch_examples: int, shares: list[tuple[int, int]]) -> None:
@@ -109,11 +110,14 @@ class BatchGroups:
         """
         if not self._pending:
             return
-        kind = self._pending[0][1]
+        # Taken now: a block that the user's own code checkpoints runs again in the backward pass,
+        # and what it notes there has been counted.
+        self._sent, self._pending = self._pending, []
+        kind = self._sent[0][1]
         present = kind.new_zeros(self.count, 1)
         if not self.stands_in:
             present[[span.group for span in self.spans]] = 1.0
-        parts = [present, *(part.to(kind.dtype) for _, m, v in self._pending for part in (m, v))]
+        parts = [present, *(part.to(kind.dtype) for _, m, v in self._sent for part in (m, v))]
         # Every group is on exactly one rank, and zero on the others: the sum is exact.
         self._sum = self.group.all_reduce_later(torch.cat(parts, 1), "activation")
 
@@ -121,13 +125,13 @@ class BatchGroups:
         """Bring running statistics up to date, if `send` has sent any. Collective."""
         if self._sum is None:
             return
-        layers = [layer for layer, _, _ in self._pending]
+        layers = [layer for layer, _, _ in self._sent]
         present, *statistics = torch.split(self._sum.wait(), [1, *self._widths()], 1)
         track(layers, statistics, present.flatten())
-        self._pending.clear()
+        self._sent.clear()
         self._sum = None
 
     def _widths(self) -> Iterator[int]:
-        for _, means, variances in self._pending:
+        for _, means, variances in self._sent:
             yield means.shape[1]
             yield variances.shape[1]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shoal.comm import Group
 from shoal.errors import Refused, RunError
@@ -131,6 +132,22 @@ def test_statistics_that_are_not_to_be_tracked_are_left_alone() -> None:
     finish(groups)
     assert torch.equal(layer.running_mean, plain.running_mean)
     assert torch.equal(layer.num_batches_tracked, plain.num_batches_tracked)
+
+
+def test_what_the_users_checkpoint_runs_again_is_not_counted_again() -> None:
+    """Its second forward comes in the backward pass, when the statistics are on their way."""
+    layer, plain = twins(nn.BatchNorm1d(3))
+    groups = whole(4, 8)
+    model = nn.Sequential(layer, nn.Tanh())
+    use_groups(model, groups)
+    input = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    output = checkpoint(model, input, use_reentrant=False)
+    groups.send()
+    output.pow(2).sum().backward()
+    groups.finish()
+    for part in input.detach().split(4):
+        plain(part)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
 
 
 def test_a_group_of_unreadable_examples_leaves_no_trace() -> None:
