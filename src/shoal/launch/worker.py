@@ -151,11 +151,13 @@ def main() -> None:
     with open(arguments["task_fd"], "rb") as tasks:  # noqa: PTH123 (a descriptor, not a path)
         while (task := read_task(tasks)) is not None:
             try:
-                send({"result": run_task(task, arguments, send, stop_requested)})
+                result = run_task(task, arguments, send, stop_requested)
+                # Before the result is told: what is asked from then on is for the next task.
+                stop_requested.clear()
+                send({"result": result})
             except BaseException as error:
                 last_words(arguments["failure_fd"], arguments["rank"], error)
                 leave(1)
-            stop_requested.clear()
     leave(0)
 
 

@@ -1,14 +1,16 @@
 """The parts of the launcher that need no process: scratch files, signals, errors, contexts."""
 
+import json
 import os
 import signal
+import sys
 import threading
 
 import pytest
 
 from shoal.env import World, child_environment
 from shoal.errors import RunError, Stopped, UsageError
-from shoal.launch import Ahead, Ranks, allocator, joined_context
+from shoal.launch import Ahead, Ranks, allocator, joined_context, worker
 from shoal.launch.failure import described
 from shoal.launch.scratch import Scratch
 from shoal.launch.signals import StopSignals, end, wait
@@ -176,3 +178,36 @@ def test_ranks_that_nobody_takes_end_with_the_block(started) -> None:
     with Ahead(()) as ahead:
         ahead.start(2, 1)
     assert not started[0].alive
+
+
+def test_a_stop_asked_for_once_a_result_is_told_is_for_the_next_task(monkeypatch) -> None:
+    """The supervisor may ask as soon as it has the result: the rank must not forget it then."""
+    requested, tasks, seen = threading.Event(), [b"first", b"second", None], []
+
+    def run_task(*_given):
+        seen.append(requested.is_set())
+
+    def send(_value):
+        requested.set()
+
+    def leave(status):
+        raise SystemExit(status)
+
+    read, write = os.pipe()
+    arguments = {"parent": os.getppid(), "rank": 0, "path": sys.path, "preload": []}
+    descriptors = {"task_fd": read, "report_fd": write, "failure_fd": write}
+    monkeypatch.setattr(sys, "argv", ["worker", json.dumps(arguments | descriptors)])
+    for name, stand_in in (
+        ("die_with", lambda _parent: None),
+        ("hear_stop", lambda: requested),
+        ("sender", lambda _fd: send),
+        ("preload", lambda _modules: None),
+        ("read_task", lambda _pipe: tasks.pop(0)),
+        ("run_task", run_task),
+        ("leave", leave),
+    ):
+        monkeypatch.setattr(worker, name, stand_in)
+    with pytest.raises(SystemExit):
+        worker.main()
+    os.close(write)
+    assert seen == [False, True]
