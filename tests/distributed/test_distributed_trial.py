@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from shoal.errors import UserCodeError
 from shoal.train.entry import try_on_rank
 
 
@@ -64,6 +65,43 @@ def test_numerics_that_fail_do_not_fail_the_run(pool: Any, tmp_path: Any) -> Non
     assert plain["failed"] is None
     assert "float32 only" in both["failed"]
     assert layout["failed"] is None
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(pool: Any) -> None:
+    """A signal reaches ranks one after the other: they agree on it before one leaves."""
+    outcomes = pool.call(_try_when_rank_1_was_asked_to_stop, task(), ranks=2)
+    assert [outcome["tried"] for outcome in outcomes] == [[], []]
+
+
+def _try_when_rank_1_was_asked_to_stop(context: Any, given: dict[str, Any]) -> Any:
+    if context.rank == 1:
+        context.stop_requested.set()
+    return try_on_rank(context, given)
+
+
+def test_an_error_in_plain_numerics_is_the_runs_own(pool: Any, tmp_path: Any) -> None:
+    """Kept as a verdict on the numerics, it would leave the other rank waiting, and be lost."""
+    (tmp_path / "lame.py").write_text(
+        "from torch import distributed, nn\n"
+        "class Lame(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        if distributed.get_rank() == 1:\n"
+        "            raise ValueError('only here')\n"
+        "        return self.fc(x.flatten(1))\n"
+    )
+    with pytest.raises(UserCodeError, match="only here") as caught:
+        pool.call(_try_with_path, str(tmp_path), task(model="lame:Lame"), ranks=2)
+    assert caught.value.rank == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_trial(pool: Any) -> None:
+    lost = task(optimizer={"name": "sgd", "lr": 1e30})
+    (outcome, _) = pool.call(try_on_rank, lost, ranks=2)
+    assert len(outcome["tried"]) == 1
+    assert "the loss is" in outcome["reason"]
 
 
 def _try_with_path(context: Any, folder: str, given: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ front   choose ◀── seconds a step, losses ───────┘ weights
 """
 
 import statistics
+import threading
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
     batch = workload.feed.read(0, 0, 1)
     images = isinstance(batch.inputs, torch.Tensor) and batch.inputs.dim() == 4
     chosen = candidates(strategy, images=images)
+    reason: str | None = None
     if workload.total_steps < steps_needed(len(chosen)):
         reason = (
             f"precision float32: {workload.total_steps} steps are too few to try other numerics "
@@ -50,23 +52,41 @@ def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
     )
     tried: list[Tried] = []
     for each in chosen:
-        if context.stop_requested.is_set():
+        plain_s = tried[0].step_s if tried else None
+        one = _try(groups, workload, each, context.stop_requested, plain_s)
+        if one is None:
             break
-        tried.append(_try(groups, workload, each, tried[0].step_s if tried else None))
+        tried.append(one)
+        if tried[0].failed is not None:  # and so will the run, which says it best
+            reason = f"precision float32: no other was tried, as {tried[0].failed}"
+            break
     groups.close()
     give_back()
-    return {"tried": [each.to_json() for each in tried], "reason": None}
+    return {"tried": [each.to_json() for each in tried], "reason": reason}
 
 
-def _try(groups: Groups, workload: Workload, strategy: Strategy, plain_s: float | None) -> Tried:
-    """Train a few steps; given up early where they take much longer than the plain ones."""
+def _try(
+    groups: Groups,
+    workload: Workload,
+    strategy: Strategy,
+    stop_requested: threading.Event,
+    plain_s: float | None,
+) -> Tried | None:
+    """Train a few steps; given up early where they take much longer than the plain ones.
+
+    None where a rank was asked to stop: all hear of it in the same step. What goes wrong in plain
+    numerics (``plain_s`` is None), on one rank perhaps, is no matter of numerics, and is raised.
+    """
     seconds: list[float] = []
     losses: list[float] = []
     try:
         job = assemble(groups, workload, Execution.of(strategy))
         before = _now(groups)
         for step in range(WARM_UP_STEPS + TRIED_STEPS):
-            losses.append(train_step(job, step, Flags()).loss)
+            result = train_step(job, step, Flags(stop=float(stop_requested.is_set())))
+            if result.flags.stop > 0:
+                return None
+            losses.append(result.loss)
             now = _now(groups)
             seconds.append(now - before)
             before = now
@@ -77,6 +97,8 @@ def _try(groups: Groups, workload: Workload, strategy: Strategy, plain_s: float 
     except NotFinite as error:  # on all ranks alike
         return Tried(str(strategy), float("inf"), failed=error.message)
     except (ShoalError, RuntimeError, NotImplementedError) as error:
+        if plain_s is None:
+            raise
         # An operation that does not exist in bf16, say: on all ranks alike, as they run the same.
         return Tried(str(strategy), float("inf"), failed=str(error).splitlines()[0])
     timed = seconds[WARM_UP_STEPS:]
