@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from shoal.errors import BadExample, UsageError
 
-
 LONGEST_PLAIN = 256  # positions; a matrix of scores costs memory with their square
 
 
@@ -144,7 +143,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     if mask is not None:
         # Not −∞: a row in which no position is seen would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1) @ value
+    mixed: Tensor = scores.softmax(-1) @ value
+    return mixed
 
 
 class Attention(nn.Module):
