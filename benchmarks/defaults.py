@@ -20,7 +20,7 @@ from sidebyside import (
     table,
     values,
 )
-from ways import peer, peer_versions, shoal, shortened
+from ways import TRYING_STEPS, let_auto_try, peer, peer_versions, shoal, shortened
 from workloads import WORKLOADS, Workload
 
 OURS = os.environ.get("BENCH_STRATEGY", "auto")
@@ -35,16 +35,14 @@ PEERS = {
 TUNED = "tuned_ddp"
 TUNED_SAYS = "DDP tuned by hand: bf16, channels_last, fused AdamW"
 COMPILED_STEPS = 600
-TRYING_STEPS = 75
 
 
 def measure(rounds: int, share: float = 1.0) -> str:
     """The section of the results page; ``share`` of the workloads' steps, for a quick look."""
     # Extensions that a peer builds on first use are built now, not in a measured run.
     peer(shortened(WORKLOADS["small-resnet"], 0.05), "zero1")()
-    # `auto` tries numerics in the first run that is long enough, and remembers what it has found.
     for one in WORKLOADS.values():
-        shoal(one, OURS, f"steps={TRYING_STEPS}")()
+        let_auto_try(one, OURS)
     results = {one.name: _side_by_side(shortened(one, share), rounds) for one in WORKLOADS.values()}
     parts = [
         "## 2. Defaults against defaults",
@@ -52,8 +50,8 @@ def measure(rounds: int, share: float = 1.0) -> str:
         f"float32 ({peer_versions()}). {rounds} rounds; the ratio is shoal ÷ the peer, each "
         "round's. Rates are of the steps after the warm-up. What `auto` tries before a run of "
         f"{TRYING_STEPS} steps or more, it remembers: it has done so in one run beforehand. Batch "
-        "norm takes its statistics over a half of the batch, as the peers' two ranks do (one process: over the batch). The runs are "
-        "short: accuracies show that all learn alike, not how well the models can do.",
+        "norm takes its statistics over a half of the batch, as the peers' two ranks do (one "
+        "process: over the batch). The runs are short: accuracies show that all learn alike, not how well the models can do.",
     ]
     parts += [_section(shortened(WORKLOADS[name], share), found) for name, found in results.items()]
     small = shortened(WORKLOADS["small-resnet"], share)
