@@ -51,7 +51,8 @@ def measure(rounds: int, share: float = 1.0) -> str:
         "round's. Rates are of the steps after the warm-up. What `auto` tries before a run of "
         f"{TRYING_STEPS} steps or more, it remembers: it has done so in one run beforehand. Batch "
         "norm takes its statistics over a half of the batch, as the peers' two ranks do (one "
-        "process: over the batch). The runs are short: accuracies show that all learn alike, not how well the models can do.",
+        "process: over the batch). The runs are short: accuracies show that all learn alike, not "
+        "how well the models can do.",
     ]
     parts += [_section(shortened(WORKLOADS[name], share), found) for name, found in results.items()]
     small = shortened(WORKLOADS["small-resnet"], share)
