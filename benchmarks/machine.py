@@ -18,7 +18,7 @@ import time
 
 import sidebyside
 from sidebyside import RATE, Result, cores, interleaved, spread, table, values
-from ways import shoal, shortened
+from ways import let_auto_try, shoal, shortened
 from workloads import WORKLOADS, Workload
 
 OURS = os.environ.get("BENCH_STRATEGY", "auto")
@@ -95,6 +95,7 @@ def measure(rounds: int, share: float = 1.0) -> str:
     peaks: dict[tuple[int, str], float] = {}
     used, split = [], []
     for workload in (shortened(one, share) for one in WORKLOADS.values()):
+        let_auto_try(workload, OURS)
         results = interleaved({workload.name: shoal(workload, OURS)}, rounds)[workload.name]
         ran = [one for one in results if isinstance(one, dict)]
         if not ran:

@@ -7,6 +7,7 @@ Rates are of the steps after the warm-up. Shoal's are from the lines of its log,
 samples and the seconds so far; evaluation and checkpoint come after the last of them.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from sidebyside import ROOT, Result, Way, cores
 from workloads import HERE, Workload
 
 PEERS = Path(os.environ.get("BENCH_PEERS_PYTHON", HERE / ".venv" / "bin" / "python"))
+TRYING_STEPS = 75
 UNDER_TORCHRUN = ("ddp", "tuned_ddp", "accelerated", "zero1")
 
 
@@ -51,6 +53,13 @@ def shoal(workload: Workload, strategy: str, *changes: str, peaks: bool = False)
             return {**document, **more, "samples_per_second": rate}
 
     return way
+
+
+@functools.cache
+def let_auto_try(workload: Workload, strategy: str) -> None:
+    """`auto` tries numerics in the first run that is long enough, and remembers what it finds."""
+    if strategy.startswith("auto"):
+        shoal(workload, strategy, f"steps={TRYING_STEPS}")()
 
 
 def by_hand(

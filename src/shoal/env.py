@@ -67,6 +67,12 @@ def data_home() -> Path | None:
     return Path(folder).expanduser() if folder else None
 
 
+def cache_home() -> Path:
+    """The folder for what can be found out again: ``shoal`` in the user's cache."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "shoal"
+
+
 def visible_cuda_devices() -> tuple[str, ...] | None:
     """The entries of CUDA_VISIBLE_DEVICES (indices or UUIDs); None if every device is visible."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")

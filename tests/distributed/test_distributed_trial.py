@@ -1,18 +1,26 @@
 """What the ranks do where `auto` lets them try other numerics."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoal.cluster import computes_in_bf16
 from shoal.errors import UserCodeError
+from shoal.recipe import Recipe
+from shoal.run import Run
 from shoal.train.entry import try_on_rank
 
 
 def task(**changes: Any) -> dict[str, Any]:
     recipe = {
         "name": "small",
-        "batch_size": 16,
-        "steps": 240,
+        "batch_size": 32,
+        "steps": 75,
         "model": {"name": "resnet", "depth": 18, "width": 4, "stem": "small"},
         "data": {"train": "digits:train"},
         "objective": "cross_entropy",
@@ -31,7 +39,7 @@ def test_each_candidate_trains_from_the_same_weights_on_the_same_batches(pool: A
         "dp2+channels_last",
     ]
     assert all(each["failed"] is None and each["step_s"] > 0 for each in (plain, both, layout))
-    assert len(plain["losses"]) == 6
+    assert len(plain["losses"]) == 4
     # The memory format changes rounding alone, bf16 more than that.
     assert layout["losses"] == pytest.approx(plain["losses"], rel=1e-3)
     assert both["losses"] != plain["losses"]
@@ -39,9 +47,9 @@ def test_each_candidate_trains_from_the_same_weights_on_the_same_batches(pool: A
 
 
 def test_short_runs_try_nothing(pool: Any) -> None:
-    (outcome, _) = pool.call(try_on_rank, task(steps=239), ranks=2)
+    (outcome, _) = pool.call(try_on_rank, task(steps=74), ranks=2)
     assert outcome["tried"] == []
-    assert "239 steps are too few" in outcome["reason"]
+    assert "74 steps are too few" in outcome["reason"]
 
 
 def test_numerics_that_fail_do_not_fail_the_run(pool: Any, tmp_path: Any) -> None:
@@ -112,3 +120,34 @@ def _try_with_path(context: Any, folder: str, given: dict[str, Any]) -> Any:
         return try_on_rank(context, given)
     finally:
         sys.path.remove(folder)
+
+
+def _trained(folder: Path, *options: str) -> dict[str, Any]:
+    """A run of the command, choices and all; its cache is in `folder`."""
+    command = [sys.executable, "-m", "shoal", "train", str(folder / "r.yaml"), "--json", *options]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(not computes_in_bf16(), reason="this processor has no instructions for bf16")
+def test_a_run_says_what_auto_chose_and_the_next_one_knows_it(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict({**task()["recipe"], "model": "mlp"})
+    recipe.to_yaml(tmp_path / "r.yaml")
+    first = _trained(tmp_path, "--out", "first")
+    choice = first["choices"][-1]
+    assert "times as fast" in choice
+    assert Run.open(tmp_path / "first").strategy.resolved() == first["strategy"]
+    (remembered,) = (tmp_path / "cache/shoal/auto").iterdir()
+    # A trial would find something else.
+    tried = json.loads(remembered.read_text())
+    tried[2]["step_s"] = tried[0]["step_s"] / 7
+    remembered.write_text(json.dumps(tried))
+    second = _trained(tmp_path, "--out", "second", "--set", "steps=3")
+    assert second["choices"][-1].startswith(f"auto chose {tried[2]['strategy']}: 7.0 times")
+    assert "+channels_last" in second["strategy"]
+    assert "+bf16" not in second["strategy"]

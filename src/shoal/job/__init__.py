@@ -11,7 +11,8 @@ looks at the data with numpy, is too: by then the ranks have been started.
 
 from typing import TYPE_CHECKING, Any
 
-from shoal.job.numerics import as_begun, settled
+from shoal.job.numerics import as_begun, settled, tried_of
+from shoal.job.remembered import Remembered
 from shoal.job.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "Execution",
     "Feed",
     "Job",
+    "Remembered",
     "Resolved",
     "Workload",
     "as_begun",
@@ -34,6 +36,7 @@ __all__ = [
     "settled",
     "share_of",
     "shares",
+    "tried_of",
     "workload_of",
 ]
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from shoal.errors import BadExample, UsageError
 
+LONGEST_PLAIN = 256  # positions; a matrix of scores costs memory with their square
+
 
 @dataclass(frozen=True)
 class TransformerOptions:
@@ -127,6 +129,24 @@ class Block(nn.Module):
         return out
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ / √d)·v of [n, heads, L, d] each; only positions where ``mask`` are seen.
+
+    torch's fused kernel, but for short sequences in bf16 on the CPU: its backward pass there takes
+    twice the time of plain products (21.7 and 11.2 ms for 32 × 4 × 64 × 64 on one core with
+    AVX512-BF16, forward and backward).
+    """
+    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not plain or query.shape[-2] > LONGEST_PLAIN:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        # Not −∞: a row in which no position is seen would be NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    mixed: Tensor = scores.softmax(-1) @ value
+    return mixed
+
+
 class Attention(nn.Module):
     """Multi-head attention of every position to every kept position.
 
@@ -151,6 +171,6 @@ class Attention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         mask = None if keep is None else keep[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = attend(query, key, value, mask)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out

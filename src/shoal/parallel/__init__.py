@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.comm import Group
 from shoal.errors import Refused
+from shoal.parallel.pointwise import use_products
 from shoal.parallel.randomness import CountedDropout, StepKey, use_counted_dropout
 from shoal.parallel.recompute import use_recompute
 from shoal.parallel.replica import (
@@ -74,6 +75,8 @@ def build_replica(
         use_recompute(model, groups, key)
     if numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if next(model.parameters()).device.type == "cpu":
+            use_products(model)
     # The user's own model may be compiled in part; then the compiler is there by now.
     if compiled or "torch._dynamo" in sys.modules:
         # Collectives within the network, and masks whose key is a number of the step: a graph

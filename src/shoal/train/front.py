@@ -18,7 +18,7 @@ from typing import Any
 from shoal import env, report
 from shoal.cluster import Cluster
 from shoal.errors import RankLost, ShoalError, Stopped
-from shoal.job import Resolved, as_begun, resolve, settled
+from shoal.job import Remembered, Resolved, as_begun, resolve, settled, tried_of
 from shoal.launch import Ranks, stop_signals_heard
 from shoal.recipe import Recipe
 from shoal.run import Run
@@ -106,15 +106,16 @@ class _Front:
 
     def train(self, cluster: Cluster) -> Ended:
         """The run from its first file to its report."""
-        run, resolved = self._run, self._resolved
+        run = self._run
         try:
-            start(run, self._recipe, resolved, cluster, resume=self._options.resume)
-            for reason in resolved.reasons:
+            start(run, self._recipe, self._resolved, cluster, resume=self._options.resume)
+            for reason in self._resolved.reasons:
                 self._show({"kind": "event", "event": "choice", "message": reason})
-            document = finish(run, resolved, self._supervise())
+            summary = self._supervise(Remembered.of(self._recipe, self._resolved, cluster))
+            document = finish(run, self._resolved, summary)
         except ShoalError as error:
             drop_half_written(run)
-            document = failed(run, resolved, error, self._start_message)
+            document = failed(run, self._resolved, error, self._start_message)
             status = after_start(error) if self._ranks_started else error.exit_status
             ended = Ended(run, document, status, error)
         except SystemExit as second:  # a second signal: the ranks are gone
@@ -126,12 +127,12 @@ class _Front:
         self._warn(write_report(run))
         return ended
 
-    def _supervise(self) -> dict[str, Any]:
+    def _supervise(self, trials: Remembered) -> dict[str, Any]:
         """Run the ranks to the end; the policy on a rank's death: end, or start again."""
         restarts, resume = 0, self._options.resume
         while True:
             try:
-                return self._run_ranks(resume)
+                return self._run_ranks(resume, trials)
             except RankLost as error:
                 if restarts == self._options.max_restarts or self._signals.heard:
                     raise
@@ -141,7 +142,7 @@ class _Front:
                 self._run.log_event("recovery", message, error.rank)
                 self._show({"kind": "event", "event": "recovery", "message": message})
 
-    def _run_ranks(self, resume: bool) -> dict[str, Any]:
+    def _run_ranks(self, resume: bool, trials: Remembered) -> dict[str, Any]:
         task = {
             "recipe": self._recipe.to_dict(),
             "strategy": str(self._resolved.strategy),
@@ -153,7 +154,7 @@ class _Front:
         self._ranks_started = True
         with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:
             if self._resolved.tries:
-                self._settle(ranks, task)
+                self._settle(ranks, task, trials)
             results = ranks.call(
                 run_on_rank,
                 task,
@@ -164,16 +165,21 @@ class _Front:
         summary: dict[str, Any] = results[0]
         return summary
 
-    def _settle(self, ranks: Ranks, task: dict[str, Any]) -> None:
-        """Let the ranks try other numerics, and write down which were chosen."""
-        tried = ranks.call(try_on_rank, task, on_signal="pass on", signals=self._signals)[0]
-        self._resolved = settled(self._resolved, tried)
+    def _settle(self, ranks: Ranks, task: dict[str, Any], trials: Remembered) -> None:
+        """Choose among numerics that the ranks try, or have tried before, and write it down."""
+        tried, reason = trials.load(), None
+        if tried is None:
+            outcome = ranks.call(try_on_rank, task, on_signal="pass on", signals=self._signals)[0]
+            tried, reason = tried_of(outcome), outcome["reason"]
+            if reason is None and not self._signals.heard:
+                trials.save(tried)
+        self._resolved = settled(self._resolved, tried, reason)
         task["strategy"] = str(self._resolved.strategy)
         self._resolved.strategy.write(self._run.path / "strategy.json")
-        reason = self._resolved.reasons[-1]
-        self._run.log_event("choice", reason)
+        said = self._resolved.reasons[-1]
+        self._run.log_event("choice", said)
         self._run.write_summary(known(self._run, self._resolved))
-        self._show({"kind": "event", "event": "choice", "message": reason})
+        self._show({"kind": "event", "event": "choice", "message": said})
 
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "start":

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 from shoal.cluster import Cluster, Device, Host, computes_in_bf16
-from shoal.job import as_begun, resolve, settled
+from shoal.job import Remembered, as_begun, resolve, settled
 from shoal.job.numerics import Tried, candidates, choose, steps_needed
 from shoal.recipe import Recipe
 from shoal.strategy import Strategy
@@ -100,12 +100,11 @@ def test_auto_tries_where_the_processor_and_the_recipe_allow_it(bf16_processor):
 
 def test_what_the_ranks_say_settles_it(bf16_processor):
     resolved = dataclasses.replace(resolve(recipe(), "auto", machine()), tries=True)
-    outcome = {"tried": [tried("dp2", 0.4).to_json(), tried("dp2+bf16", 0.2).to_json()]}
-    done = settled(resolved, outcome | {"reason": None})
+    done = settled(resolved, [tried("dp2", 0.4), tried("dp2+bf16", 0.2)])
     assert (str(done.strategy), done.tries) == ("dp2+bf16", False)
-    short = settled(resolved, {"tried": [], "reason": "too few steps"})
+    short = settled(resolved, [], "too few steps")
     assert (str(short.strategy), short.reasons[-1]) == ("dp2", "too few steps")
-    stopped = settled(resolved, {"tried": [tried("dp2", 0.4).to_json()], "reason": None})
+    stopped = settled(resolved, [tried("dp2", 0.4)])
     assert str(stopped.strategy) == "dp2"
 
 
@@ -115,8 +114,8 @@ def test_a_run_that_goes_on_keeps_its_numerics(bf16_processor):
     assert (str(again.strategy), again.tries) == ("dp2+bf16+channels_last", False)
 
 
-def test_trying_takes_a_tenth_of_the_steps_at_most():
-    assert steps_needed(3) == 240
+def test_trying_takes_a_fifth_of_the_steps_at_most():
+    assert steps_needed(3) == 75
 
 
 @pytest.mark.parametrize(
@@ -133,3 +132,50 @@ def test_bf16_instructions_are_read_from_the_kernel(tmp_path, text, found):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(text)
     assert computes_in_bf16(tmp_path) is found
+
+
+# ---- what was found out before
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def remembered(*changes, strategy="dp2"):
+    resolved = resolve(recipe(*changes), strategy, machine())
+    return Remembered.of(recipe(*changes), resolved, machine())
+
+
+def test_what_was_tried_is_known_to_a_run_of_another_length(cache):
+    assert remembered().load() is None
+    found = [tried("dp2", 0.4), tried("dp2+bf16", float("inf"), (), "no kernel")]
+    remembered().save(found)
+    assert remembered("steps=5", "seed=3", "name=other").load() == found
+    assert [path.suffix for path in (cache / "shoal/auto").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("change", ["batch_size=32", "model.widths=[8]", "optimizer.lr=0.2"])
+def test_another_kind_of_run_is_another_file(cache, change):
+    assert remembered(change).path != remembered().path
+
+
+def test_the_users_own_components_are_not_remembered(cache):
+    own = remembered("model=collections:OrderedDict")
+    own.save([tried("dp2", 0.4)])
+    assert (own.path, own.load()) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '[{"x": 1}]', "null"])
+def test_a_file_that_makes_no_sense_is_none(cache, text):
+    trials = remembered()
+    trials.path.parent.mkdir(parents=True)
+    trials.path.write_text(text)
+    assert trials.load() is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(cache):
+    (cache / "shoal").write_text("a file")
+    remembered().save([tried("dp2", 0.4)])
+    assert remembered().load() is None
