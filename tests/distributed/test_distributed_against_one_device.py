@@ -13,12 +13,15 @@ import torch
 from onedevice import (
     Case,
     adamw,
+    assembled,
     batches_of,
     compare,
     images,
+    trace_job,
     train_plainly,
     train_split,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoal.learn.objectives import CrossEntropy, UsersObjective
@@ -236,6 +239,31 @@ def test_training_on_ranks_is_training_on_one_device(
 ) -> None:
     case = CASES[name][0]()
     errors = compare(train_plainly(case), train_split(pool, ranks, case, tmp_path))
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def _in_small_buckets(groups: Any, case: Case, folder: str) -> int:
+    from shoal.sync import every_step
+
+    whole, every_step.BUCKET_BYTES = every_step.BUCKET_BYTES, 64
+    try:
+        return _save_and_count(groups, case, folder)
+    finally:
+        every_step.BUCKET_BYTES = whole
+
+
+def _save_and_count(groups: Any, case: Case, folder: str) -> int:
+    save_file(trace_job(groups, case), Path(folder) / f"rank-{groups.world.rank}.safetensors")
+    return len(assembled(groups, case).agreement._buckets)
+
+
+@pytest.mark.parametrize("name", ["mlp, adamw", "unused parameters", "tied weights"])
+def test_many_buckets_are_as_good_as_one(pool: Any, name: str, tmp_path: Path) -> None:
+    case = CASES[name][0]()
+    counts = pool.run(_in_small_buckets, case, str(tmp_path), ranks=3)
+    assert min(counts) > 2
+    traces = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(3)]
+    errors = compare(train_plainly(case), traces)
     assert max(errors.values()) <= TOLERANCE, errors
 
 

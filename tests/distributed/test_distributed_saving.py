@@ -56,7 +56,7 @@ def _failing(context: Context, rank: int, at: int, task: dict[str, Any]) -> dict
     def counted(job: Any, number: int, *others: Any) -> Any:
         result = step(job, number, *others)
         done.append(number + 1)
-        time.sleep(0.002)  # so that what fails in a thread is found well before the next save
+        time.sleep(0.005)  # so that what fails in a thread is found well before the next save
         return result
 
     loop.train_step = counted

@@ -41,18 +41,19 @@ class Group:
         self.counter.add(name, purpose, tensor.numel() * tensor.element_size())
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, purpose: Purpose) -> Iterator[None]:
         """Around a call that stands still for other ranks."""
         began = time.perf_counter()
         with peer_failures():
             yield
-        self.counter.waited_s += time.perf_counter() - began
+        if purpose != "checkpoint":  # then it is the thread that saves, beside training
+            self.counter.waited_s += time.perf_counter() - began
 
     def all_reduce(self, tensor: Tensor, purpose: Purpose) -> Tensor:
         """Sum `tensor` over the group, in place; returns it."""
         if self.process_group is not None:
             self._count("all_reduce", purpose, tensor)
-            with self._waiting():
+            with self._waiting(purpose):
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
@@ -77,7 +78,7 @@ class Group:
             return tensor.unsqueeze(0)
         self._count("all_gather", purpose, tensor)
         result = tensor.new_empty((self.size, *tensor.shape))
-        with peer_failures():
+        with self._waiting(purpose):
             # Not all_gather_into_tensor: torch 2.13 has given it another name.
             dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=self.process_group)
         return result
@@ -87,7 +88,7 @@ class Group:
         if self.process_group is not None:
             if self.rank == source:
                 self._count("broadcast", purpose, tensor)
-            with self._waiting():
+            with self._waiting(purpose):
                 dist.broadcast(tensor, group=self.process_group, group_src=source)
         return tensor
 

@@ -30,6 +30,7 @@ class Resolved:
     threads: int  # per rank
     reasons: tuple[str, ...]
     tries: bool = False  # whether other numerics are to be tried before the run begins
+    free: bool = False  # whether the numerics are `auto`'s to choose, here or in an earlier run
 
     def settled(self, strategy: Strategy, reason: str) -> "Resolved":
         """With the numerics that were chosen, and why."""
@@ -47,12 +48,14 @@ def resolve(
     """
     chosen = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     gpus, reasons = _usable_gpus(cluster)
-    is_free = chosen.is_auto and not (chosen.bf16 or chosen.channels_last)
+    is_free = (
+        chosen.is_auto and not (chosen.bf16 or chosen.channels_last) and recipe.precision == "auto"
+    )
     if chosen.is_auto:
         chosen, reason = _choose(chosen, recipe, cluster.cores, gpus, world)
         reasons.append(reason)
     chosen, reason = _with_precision(chosen, recipe)
-    tries = is_free and recipe.precision == "auto" and world is None
+    tries = is_free and world is None
     if tries and not gpus and not computes_in_bf16():
         tries, reason = False, "precision float32: this processor has no instructions for bf16"
     if not tries:
@@ -64,7 +67,7 @@ def resolve(
     device = "cuda" if 0 < ranks <= gpus else "cpu"
     if device == "cpu" and gpus:
         reasons.append(f"ranks run on the CPU: there are {ranks} here, and {_gpus(gpus)}")
-    return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries)
+    return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries, is_free)
 
 
 def _require_world(world: World, strategy: Strategy) -> None:

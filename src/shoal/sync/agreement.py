@@ -42,7 +42,7 @@ class Alone:
         return
 
     def share(self, vector: Tensor) -> Pending:
-        return Pending(vector)
+        return Pending(vector).on_host()
 
     def agree(self, replica: Replica) -> None:
         return

@@ -66,19 +66,18 @@ class Bucket:
 def cut(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[Bucket]:
     """Buckets of at most `max_bytes` (or one parameter), in the order of `parameters`."""
     buckets: list[list[nn.Parameter]] = []
-    room = 0
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
     for parameter in parameters:
+        kind = parameter.dtype, parameter.device
         size = parameter.numel() * parameter.element_size()
-        if not buckets or size > room or _kind(parameter) != _kind(buckets[-1][-1]):
-            buckets.append([])
-            room = max_bytes
-        buckets[-1].append(parameter)
-        room -= size
+        if kind not in room or size > room[kind]:
+            open_buckets[kind] = []
+            buckets.append(open_buckets[kind])
+            room[kind] = max_bytes
+        open_buckets[kind].append(parameter)
+        room[kind] -= size
     return [Bucket(each) for each in buckets]
-
-
-def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:
-    return parameter.dtype, parameter.device
 
 
 def _view(flat: Tensor, start: int, parameter: nn.Parameter) -> Tensor:

@@ -68,7 +68,7 @@ def train_with(
         started.ahead.start(resolved.strategy.world_size, resolved.threads)
         _check(recipe)
         run = open_run(recipe, options)
-        if options.resume and resolved.tries:
+        if options.resume and resolved.free and any(run.checkpoints_path.glob("step-*")):
             resolved = as_begun(resolved, run.strategy)
         with run.lock(), report.live.view(sys.stderr, verbose=options.verbose) as view:
             front = _Front(run, recipe, resolved, options, started, view.show)
@@ -171,7 +171,7 @@ class _Front:
         if tried is None:
             outcome = ranks.call(try_on_rank, task, on_signal="pass on", signals=self._signals)[0]
             tried, reason = tried_of(outcome), outcome["reason"]
-            if reason is None and not self._signals.heard:
+            if outcome["complete"]:
                 trials.save(tried)
         self._resolved = settled(self._resolved, tried, reason)
         task["strategy"] = str(self._resolved.strategy)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shoal.comm import Groups
-from shoal.errors import NotFinite, PeerLost, ShoalError
+from shoal.errors import NotFinite, PeerLost, RanksDiffer, ShoalError
 from shoal.job import Execution, assemble, workload_of
 from shoal.job.numerics import TRIED_STEPS, WARM_UP_STEPS, Tried, candidates, steps_needed
 from shoal.job.workload import Workload
@@ -27,7 +27,10 @@ GIVEN_UP = 1.5  # times the plain one's seconds a step
 
 
 def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
-    """``{"tried": […], "reason": why nothing was tried}``. Collective over the context's ranks."""
+    """``{"tried": […], "reason": why nothing was tried, "complete": whether all were}``.
+
+    Collective over the context's ranks.
+    """
     recipe, strategy = Recipe.from_dict(task["recipe"]), Strategy.parse(task["strategy"])
     torch.set_num_threads(context.threads)
     workload = workload_of(recipe)
@@ -40,7 +43,7 @@ def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
             f"precision float32: {workload.total_steps} steps are too few to try other numerics "
             f"first (from {steps_needed(len(chosen))} on)"
         )
-        return {"tried": [], "reason": reason}
+        return {"tried": [], "reason": reason, "complete": False}
     device = device_of(task["device"], context.local_rank)
     groups = Groups.form(
         context.rank,
@@ -62,7 +65,8 @@ def try_on_rank(context: Context, task: dict[str, Any]) -> dict[str, Any]:
             break
     groups.close()
     give_back()
-    return {"tried": [each.to_json() for each in tried], "reason": reason}
+    complete = len(tried) == len(chosen)
+    return {"tried": [each.to_json() for each in tried], "reason": reason, "complete": complete}
 
 
 def _try(
@@ -92,7 +96,7 @@ def _try(
             before = now
             if plain_s is not None and step >= WARM_UP_STEPS and seconds[-1] > GIVEN_UP * plain_s:
                 break
-    except PeerLost:
+    except (PeerLost, RanksDiffer):  # one rank alone failed: the ranks cannot go on together
         raise
     except NotFinite as error:  # on all ranks alike
         return Tried(str(strategy), float("inf"), failed=error.message)

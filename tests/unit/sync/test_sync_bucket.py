@@ -23,8 +23,9 @@ def test_buckets_keep_the_order_and_the_limit() -> None:
 
 def test_types_do_not_mix() -> None:
     given = parameters((2,)) + parameters((2,), dtype=torch.float64) + parameters((2,))
-    kinds = [bucket.flat.dtype for bucket in cut(given, max_bytes=1 << 20)]
-    assert kinds == [torch.float32, torch.float64, torch.float32]
+    buckets = cut(given, max_bytes=1 << 20)
+    assert [bucket.flat.dtype for bucket in buckets] == [torch.float32, torch.float64]
+    assert [len(bucket.parameters) for bucket in buckets] == [2, 1]
 
 
 def test_gradients_keep_the_strides_of_their_parameters() -> None:

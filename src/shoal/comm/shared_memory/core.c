@@ -62,7 +62,6 @@ typedef struct {
     _Atomic uint32_t sleepers;               /* who sleeps on it */
     _Atomic uint32_t left;                   /* 1: it will arrive nowhere any more */
     _Atomic uint32_t blamed;                 /* 1 + the rank for whose sake it left */
-    int32_t process;
     _Alignas(LINE) header headers[2];
 } lane;
 

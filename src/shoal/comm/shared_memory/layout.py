@@ -22,7 +22,7 @@ MAX_RANKS = 64
 LINE = 64
 
 # Places of 32-bit words in a lane.
-ARRIVED, SLEEPERS, LEFT, BLAMED, PROCESS = range(5)
+ARRIVED, SLEEPERS, LEFT, BLAMED = range(4)
 _HEADERS_AT = 64
 _HEADER = struct.Struct("<2Q5I7x7x7x7x")
 

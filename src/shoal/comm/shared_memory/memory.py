@@ -23,6 +23,7 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # in torch, not in its stubs
 
+from shoal.cluster.limits import available_cores
 from shoal.comm.shared_memory import native, plain
 from shoal.comm.shared_memory.failure import CannotShare
 from shoal.comm.shared_memory.layout import MAX_RANKS, Layout
@@ -75,7 +76,10 @@ def meet(store: Store, rank: int, size: int, core: str | None = None) -> Memory:
         tuple(each["process"] for each in said),
         tuple(process_fds),
         native.NAME if names == {native.NAME} else plain.NAME,
-        len({core for each in said for core in each["cores"]}),
+        min(
+            len({core for each in said for core in each["cores"]}),
+            max(each["quota"] for each in said),
+        ),
     )
 
 
@@ -83,7 +87,12 @@ def _map(
     store: Store, rank: int, layout: Layout, until_all_have_mapped: contextlib.ExitStack
 ) -> tuple[mmap.mmap | None, dict[str, Any]]:
     """The memory, or None; and what this rank tells the others."""
-    own: dict[str, Any] = {"process": os.getpid(), "cores": _cores(), "reason": ""}
+    own: dict[str, Any] = {
+        "process": os.getpid(),
+        "cores": _cores(),
+        "quota": available_cores(),
+        "reason": "",
+    }
     buffer = None
     try:
         _check_system(layout.size)
