@@ -34,7 +34,7 @@ PEERS = {
 }
 TUNED = "tuned_ddp"
 TUNED_SAYS = "DDP tuned by hand: bf16, channels_last, fused AdamW"
-COMPILED_STEPS = 600
+COMPILED_STEPS = 300
 
 
 def measure(rounds: int, share: float = 1.0) -> str:

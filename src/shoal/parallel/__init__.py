@@ -2,8 +2,8 @@
 
     replica = build_replica(model, objective, numerics, group=groups.statistics, seed=0)
 
-The order: batch statistics → dropout → recompute → memory format → compile. (Pipeline and tensor
-parallelism will come before recompute, ZeRO after compile.)
+The order: batch statistics → dropout → recompute → memory format, products → compile. (Pipeline and
+tensor parallelism will come before recompute, ZeRO after compile.)
 """
 
 import shutil

@@ -106,7 +106,7 @@ def _try(
         # An operation that does not exist in bf16, say: on all ranks alike, as they run the same.
         return Tried(str(strategy), float("inf"), failed=str(error).splitlines()[0])
     timed = seconds[WARM_UP_STEPS:]
-    return Tried(str(strategy), statistics.median(timed), tuple(losses[WARM_UP_STEPS:]))
+    return Tried(str(strategy), statistics.median(timed), tuple(losses))
 
 
 def _now(groups: Groups) -> float:

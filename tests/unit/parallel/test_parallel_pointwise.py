@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.parallel.pointwise import MOST_ROWS, PointwiseConv, use_products
+from shoal.parallel.pointwise import PointwiseConv, use_products
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -16,8 +16,7 @@ def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stride", [1, 2, (2, 1)])
-def test_a_product_is_the_convolution(stride, bias, monkeypatch) -> None:
-    monkeypatch.setitem(MOST_ROWS, torch.float64, 4096)
+def test_a_product_is_the_convolution(stride, bias) -> None:
     plain = nn.Conv2d(6, 5, 1, stride=stride, bias=bias).double()
     ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     assert use_products(nn.Sequential(ours)) == 1
@@ -55,7 +54,7 @@ def test_what_is_no_plain_pointwise_convolution_is_left_alone() -> None:
         ((5, 4, 8, 8), True, torch.float32, False),
         ((5, 4, 8, 8), True, torch.bfloat16, True),
         ((80, 4, 8, 8), True, torch.bfloat16, False),
-        ((2, 4, 8, 8), True, torch.float64, False),
+        ((2, 4, 8, 8), True, torch.float16, False),
         ((0, 4, 8, 8), True, torch.float32, False),
     ],
 )
