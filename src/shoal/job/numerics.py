@@ -24,8 +24,8 @@ WARM_UP_STEPS = 1
 TRIED_STEPS = 4
 MAX_SHARE = 0.2  # of a run's steps, that trying may take: twice the speed pays that back
 MIN_GAIN = 1.1
-# bf16 has 8 bits of precision, and a loss is a mean: where nothing is wrong the first one differs by
-# some hundredths of a percent (measured on three untrained networks: 0.00 to 0.03 %).
+# bf16 has 8 bits of precision, and a loss is a mean: where nothing is wrong the first one differs
+# by some hundredths of a percent (measured on three untrained networks: 0.00 to 0.03 %).
 FIRST_TOLERANCE = 0.02
 # Of the mean of the losses that follow. Measured on a transformer whose first losses were 2.6, 1.7,
 # 1.1, 0.7 in float32: 2.8, 1.5, 1.0, 0.8 in bf16.
