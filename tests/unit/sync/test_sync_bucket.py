@@ -78,7 +78,10 @@ def test_a_sparse_gradient_is_refused() -> None:
 
 
 def test_parameters_left_out_of_one_step_are_there_in_the_next() -> None:
-    model, agreement = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), EveryStep(Group(0, 1), Group(0, 1))
+    model, agreement = (
+        nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]),
+        EveryStep(Group(0, 1), Group(0, 1)),
+    )
     replica = Replica(model)
     agreement.attach(replica)
     for layers in (1, 2, 1):
