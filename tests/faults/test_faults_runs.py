@@ -96,7 +96,7 @@ def test_a_finished_run_is_exported_and_loads_into_the_plain_model(finished):
     assert done.document["bytes"] == file.stat().st_size
     weights = safetensors.torch.load_file(file)
     assert done.document["tensors"] == len(weights)
-    recipe = load_recipe(shoal.folder / "tiny.yaml", ()).recipe
+    recipe = load_recipe(shoal.folder / "run/recipe.yaml", ()).recipe
     model = models.build(recipe.model, classes=3, in_channels=1, image_size=6)
     model.load_state_dict(weights)
 
