@@ -84,9 +84,7 @@ def test_the_folder_has_what_is_promised(finished):
 
 def test_a_finished_run_is_exported_and_loads_into_the_plain_model(finished):
     import safetensors.torch
-
-    from shoal import models
-    from shoal.recipe import load_recipe
+    from torch import nn
 
     shoal, _ = finished
     done = shoal.run("export", "run", "--out", "weights/model.safetensors", "--json")
@@ -96,9 +94,7 @@ def test_a_finished_run_is_exported_and_loads_into_the_plain_model(finished):
     assert done.document["bytes"] == file.stat().st_size
     weights = safetensors.torch.load_file(file)
     assert done.document["tensors"] == len(weights)
-    recipe = load_recipe(shoal.folder / "run/recipe.yaml", ()).recipe
-    model = models.build(recipe.model, classes=3, in_channels=1, image_size=6)
-    model.load_state_dict(weights)
+    nn.ModuleDict({"linear": nn.Linear(36, 3)}).load_state_dict(weights)
 
 
 def test_what_cannot_be_exported_is_said(finished):

@@ -1,6 +1,6 @@
 """Networks for images and videos: ResNets, a U-Net, dense skips, depthwise and grouped convolutions.
 
-    resnet("batch", 18, "standard")()         # a module
+resnet("batch", 18, "standard")()         # a module
 """
 
 from collections.abc import Callable
