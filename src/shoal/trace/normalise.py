@@ -104,7 +104,8 @@ def _insert(
         node.replace_all_uses_with(result)
     for user in list(node.users):
         assert is_getitem(user)
-        value: Any = result[user.args[1]] if isinstance(result, list | tuple) else result
+        index: Any = user.args[1]
+        value: Any = result[index] if isinstance(result, list | tuple) else result
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     graph.erase_node(node)
