@@ -1,14 +1,14 @@
 """One cell of the coverage table: a model of the zoo beside one device under a strategy.
 
-    with LastingRanks(4) as ranks:
-        outcome = run_cell(ranks, SUBJECTS["gpt"], "pp2.dp2/zero1")
-    outcome.verdict, outcome.error         # "equal", 3e-15
+with LastingRanks(4) as ranks:
+    outcome = run_cell(ranks, SUBJECTS["gpt"], "pp2.dp2/zero1")
+outcome.verdict, outcome.error         # "equal", 3e-15
 
-    equal      every tensor that `shoal.verify` compares is one device's, to 1e-10
-    refused    a reason in words, before a number was wrong
-    wrong      something differs
-    broken     an exception that is no refusal, or a rank that died
-    hung       nothing for `timeout_s` seconds; the ranks are ended
+equal      every tensor that `shoal.verify` compares is one device's, to 1e-10
+refused    a reason in words, before a number was wrong
+wrong      something differs
+broken     an exception that is no refusal, or a rank that died
+hung       nothing for `timeout_s` seconds; the ranks are ended
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
-from zoo import Subject
-
 from shoal.errors import NoGradient, ShoalError, StrategyError, UsageError
 from shoal.launch import Context, Ranks
 from shoal.recipe.component import read
 from shoal.strategy import Strategy
 from shoal.verify.on_rank import Functions, VerifyTask, verify_on_rank
+from zoo import Subject
 
 Verdict = Literal["equal", "refused", "wrong", "broken", "hung", "absent"]
 GOOD: tuple[Verdict, ...] = ("equal", "refused", "absent")

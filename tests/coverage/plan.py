@@ -21,9 +21,7 @@ STRATEGIES = (
 )  # fmt: skip
 
 
-def every_cell(
-    models: tuple[str, ...] = (), strategies: tuple[str, ...] = ()
-) -> list[Cell]:
+def every_cell(models: tuple[str, ...] = (), strategies: tuple[str, ...] = ()) -> list[Cell]:
     """All cells, or those of some models and strategies; row by row. Raises KeyError."""
     rows = [SUBJECTS[name].name for name in models] or list(SUBJECTS)
     return [(name, strategy) for name in rows for strategy in strategies or STRATEGIES]

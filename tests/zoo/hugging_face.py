@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.subject import (
     ADAMW,
     CLIPPED,

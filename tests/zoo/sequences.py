@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from zoo.subject import (
     ADAMW,
     CLIPPED,
@@ -273,9 +274,7 @@ SERIES = values(6, 5, classes=4, rows=(10, 7, 3))
 
 
 def text(name, model_fn, note, optimizer=ADAMW, **others):
-    return Subject(
-        name, model_fn, WORDS, token_loss, note, optimizer, family="sequences", **others
-    )
+    return Subject(name, model_fn, WORDS, token_loss, note, optimizer, family="sequences", **others)
 
 
 SUBJECTS = [
