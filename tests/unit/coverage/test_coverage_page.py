@@ -29,7 +29,14 @@ def test_sample_covers_every_model_and_every_strategy_in_the_fewest_cells(models
 def test_names_in_the_zoo_are_unique():
     import zoo
 
-    families = (zoo.images, zoo.sequences, zoo.perceptrons, zoo.hugging_face, zoo.awkward)
+    families = (
+        zoo.images,
+        zoo.sequences,
+        zoo.perceptrons,
+        zoo.others,
+        zoo.hugging_face,
+        zoo.awkward,
+    )
     assert len(SUBJECTS) == sum(len(family.SUBJECTS) for family in families)
 
 
