@@ -88,7 +88,7 @@ def build_replica(
         # Not dynamic: a graph that torch has generalised after the first partial batch would serve
         # later whole ones, and a resumed run, which has not seen it, would round differently.
         model.compile(dynamic=False)
-    return Replica(Body(model, objective, numerics), numerics, groups, key)
+    return Replica(Body(model, objective, numerics, key), numerics, groups, key)
 
 
 def _require_compiler() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.job import Workload
-from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.randomness import StepKey, counted, intercepting, use_counted_dropout
 from shoal.parallel.statistics import BatchGroups, use_groups
 from shoal.verify.record import Record, gradients_of, outputs_by_name, silence_noise, state_after
 
@@ -56,11 +56,13 @@ class Reference:
         batch = self.batch(step)
         self.begin(step, batch.rows)
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = call(self.model, batch.inputs)
+        with counted(self._key, self.model):
+            outputs = call(self.model, batch.inputs)
         loss_sum, count = self.workload.objective(outputs, batch.targets)
         loss = loss_sum / (count if float(count) else 1.0)
         self._groups.send()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with intercepting(self._key):
+            loss.backward()  # type: ignore[no-untyped-call]
         self._groups.finish()
         if self.workload.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.workload.clip_norm)
