@@ -102,6 +102,7 @@ class Interception(TorchFunctionMode):
 
     def next_name(self, kind: str) -> str:
         """The name of a call that the module running now makes."""
+        self.found = True
         return self.key.next_name(_running(self.key), kind)
 
 
@@ -124,11 +125,10 @@ class _Dropping:
         *,
         train: bool = False,
     ) -> Any:
-        name = mode.next_name(self.kind)
         inplace = inplace or self.inplace
         if not (training or train) or not 0.0 < p <= 1.0:
             return plain(input, p, training or train, *([True] if inplace != self.inplace else []))
-        mode.found = True
+        name = mode.next_name(self.kind)
         alone = input.dim() == self.unbatched
         given = input.unsqueeze(0) if alone else input
         output = drop(mode.key, name, self.kind, given, p, inplace=inplace)
@@ -139,10 +139,9 @@ class _Dropping:
 
 def _native(mode: Interception, plain: Any, input: Tensor, p: float, train: bool | None) -> Any:
     """``torch.native_dropout``: also which elements are kept."""
-    name = mode.next_name("native_dropout")
     if train is False or not 0.0 < p <= 1.0:
         return plain(input, p, train)
-    mode.found = True
+    name = mode.next_name("native_dropout")
     kept = drop(mode.key, name, "native_dropout", torch.ones_like(input), p) != 0
     return input * kept * (1.0 / (1.0 - p) if p < 1.0 else 0.0), kept
 
@@ -159,13 +158,12 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    name = mode.next_name(ATTENTION)
-    told = Attention(dropout_p, is_causal, scale, enable_gqa)
     if dropout_p == 0.0 or query.is_nested or (is_causal and attn_mask is not None):
+        mode.key.skip(_running(mode.key), ATTENTION)
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return plain(query, key, value, attn_mask, dropout_p, **options)
-    mode.found = True
-    return attend(mode.key, name, (query, key, value, attn_mask), told)
+    told = Attention(dropout_p, is_causal, scale, enable_gqa)
+    return attend(mode.key, mode.next_name(ATTENTION), (query, key, value, attn_mask), told)
 
 
 def _through(function: Any) -> Any:
@@ -174,7 +172,7 @@ def _through(function: Any) -> Any:
     Such a function asks first whether anybody intercepts *it*, which would go in circles: here runs
     its code with another answer.
     """
-    names = {**function.__globals__, "has_torch_function": _never}
+    names = function.__globals__ | dict.fromkeys(_QUESTIONS, _never)
     code = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     code.__kwdefaults__ = function.__kwdefaults__
 
@@ -183,6 +181,9 @@ def _through(function: Any) -> Any:
             return code(*args, **kwargs)
 
     return run
+
+
+_QUESTIONS = ("has_torch_function", "has_torch_function_unary")
 
 
 def _never(*_: Any) -> bool:
@@ -199,14 +200,21 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.feature_alpha_dropout: _Dropping("feature_alpha_dropout"),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _through(F.multi_head_attention_forward),
+    # A backward pass, in which a model may run parts of itself again.
+    Tensor.backward: _through(Tensor.backward),
+    torch.autograd.backward: _through(torch.autograd.backward),
+    torch.autograd.grad: _through(torch.autograd.grad),
     torch.native_dropout: _native,
+    _aten.native_dropout: _native,
     _aten.native_dropout.default: _native,
+    _aten.scaled_dot_product_attention: _attention,
     _aten.scaled_dot_product_attention.default: _attention,
 }
 for _kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
     for _suffix, _inplace in (("", False), ("_", True)):
-        _FUNCTIONS[getattr(torch, _kind + _suffix)] = _Dropping(_kind, _inplace)
-        _FUNCTIONS[getattr(_aten, _kind + _suffix).default] = _Dropping(_kind, _inplace)
+        _packet = getattr(_aten, _kind + _suffix)
+        for _function in (getattr(torch, _kind + _suffix), _packet, _packet.default):
+            _FUNCTIONS[_function] = _Dropping(_kind, _inplace)
 
 # Where on the interpreter's stack a module is seen running, and the local variable that it is.
 _SEEN_AS = {nn.Module._call_impl.__code__: "self", run_within.__code__: "module"}
@@ -217,7 +225,7 @@ def _running(key: StepKey) -> str | None:
 
     It is not, in a function that the model's own checkpoint runs again in the backward pass.
     """
-    again = not key.replays and torch._C._current_graph_task_id() >= 0
+    again = key.in_backward
     frame = sys._getframe(2)
     while frame is not None:
         variable = _SEEN_AS.get(frame.f_code)

@@ -49,6 +49,7 @@ class CountedDrop(_Node):
 
     kind: str
     probability: float
+    inplace: bool
 
     def __call__(self, input: Tensor) -> Any:
         if self.kind != "native_dropout":
@@ -59,7 +60,8 @@ class CountedDrop(_Node):
         ), kept
 
     def _drop(self, input: Tensor) -> Tensor:
-        return drop(self.key, self.name, self.kind, input, self.probability, place=self.place)
+        options: dict[str, Any] = {"inplace": self.inplace, "place": self.place}
+        return drop(self.key, self.name, self.kind, input, self.probability, **options)
 
 
 @dataclass(eq=False)
@@ -85,16 +87,17 @@ def use_counted_randomness(traced: HasGraph, key: StepKey) -> int:
         if node.op != "call_function" or not _draws(node.target):
             continue
         kind, told = _kind(node.target), _arguments(node)
-        if kind in KINDS or kind == ATTENTION:
-            place = call_place(_path(node), kind)
-            number = node.meta.get("call", calls[place])
-            calls[place] += 1
-            if not _harmless(told):
-                where = _place(node, symbolic)
-                _replace(node, _counted(key, f"{place}{number}", kind, told, where), told)
-                found += 1
-        elif not _harmless(told):
+        if kind != ATTENTION and _harmless(told):
+            continue
+        if kind not in KINDS and kind != ATTENTION:
             raise _refused(node)
+        place = call_place(_path(node), kind)
+        number = node.meta.get("call", calls[place])
+        calls[place] += 1
+        if not _harmless(told):
+            where = _place(node, symbolic)
+            _replace(node, _counted(node, _Node(key, f"{place}{number}", where), told), told)
+            found += 1
     return found
 
 
@@ -134,7 +137,9 @@ def _path(node: Node) -> str:
     if "path" in node.meta:
         return str(node.meta["path"])
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).partition("@")[0] if stack else ""
+    # A module's second call is its path with "@1" behind one of the names.
+    parts = str(stack[-1][0]).split(".") if stack else [""]
+    return ".".join(part.partition("@")[0] for part in parts)
 
 
 def _place(node: Node, symbolic: bool) -> Place:
@@ -151,11 +156,13 @@ def _symbolic_dims(node: Node) -> list[int]:
     return [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
 
 
-def _counted(key: StepKey, name: str, kind: str, told: dict[str, Any], place: Place) -> Any:
+def _counted(node: Node, known: _Node, told: dict[str, Any]) -> _Node:
+    kind, common = _kind(node.target), (known.key, known.name, known.place)
     if kind != ATTENTION:
-        return CountedDrop(key, name, place, kind, told["p"])
-    attention = Attention(told["dropout_p"], told["is_causal"], told["scale"], told["enable_gqa"])
-    return CountedAttention(key, name, place, attention)
+        inplace = str(node.target._schema.name).endswith("_")  # type: ignore[union-attr]
+        return CountedDrop(*common, kind, told["p"], inplace)
+    names = ("dropout_p", "is_causal", "scale", "enable_gqa")
+    return CountedAttention(*common, Attention(*(told[name] for name in names)))
 
 
 def _replace(node: Node, target: Any, told: dict[str, Any]) -> None:

@@ -61,12 +61,23 @@ class StepKey:
         """
         place = call_place(path or "", kind)
         number = self.calls.get(place, 0)
-        if not self.replays and torch._C._current_graph_task_id() >= 0:
+        if self.in_backward:
             if path is None or number != 1:
                 raise _refused_replay(path, kind)
             return f"{place}0"
         self.calls[place] = number + 1
         return f"{place}{number}"
+
+    def skip(self, path: str | None, kind: str) -> None:
+        """Count a call that drops nothing."""
+        if not self.in_backward:
+            place = call_place(path or "", kind)
+            self.calls[place] = self.calls.get(place, 0) + 1
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward pass is running, and it is not a block that Shoal runs again."""
+        return not self.replays and torch._C._current_graph_task_id() >= 0
 
     def moment(self) -> Moment:
         """Where the step is now, for `replaying`."""

@@ -40,6 +40,10 @@ class CountedDropout(_DropoutNd):
         """`input` ÷ (1 − p) where kept, 0 elsewhere."""
         if not self.training or self.p == 0.0:
             return input
+        if torch.compiler.is_exporting():
+            # A graph has nodes of torch's own here, see `use_counted_randomness`.
+            plain: Tensor = super().forward(input)
+            return plain
         return self.drop(input)
 
     def drop(self, input: Tensor) -> Tensor:
