@@ -16,6 +16,7 @@ from onedevice import (
     train_split,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shoal.comm import Groups
 
@@ -99,3 +100,56 @@ def test_dropout_does_drop() -> None:
     assert not torch.equal(expected["0/output/0"], found["0/output/0"])
     zero = (found["0/gradient/conv.weight"].flatten(1) == 0).all(1)
     assert not zero.any()
+
+
+class Functional(nn.Module):
+    """Dropout by functions: of elements, of channels, of attention, in torch's own encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(1, 8, 4, 4), nn.Linear(8, 8)
+        layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)]
+        self.layers = nn.Sequential(*layers, Attend(), Attend())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = functional.dropout2d(self.conv(images), 0.2, self.training)
+        tokens = self.embed(features.flatten(2).transpose(1, 2))
+        tokens = functional.dropout(tokens.flatten(0, 1), 0.2).view_as(tokens)
+        return self.head(self.layers(tokens).mean(1))
+
+
+class Attend(nn.Module):
+    """Causal attention of two heads, with what a person would write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        chance = 0.3 if self.training else 0.0
+        y = functional.scaled_dot_product_attention(q, k, v, dropout_p=chance, is_causal=True)
+        return x + functional.dropout(self.out(y.transpose(1, 2).flatten(2)), 0.1, self.training)
+
+
+def functional_case(**options: Any) -> Case:
+    return Case(build=Functional, batches=batches_of(*images(43), 20, 4), **options)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "recompute"), [(2, False), (3, False), (4, False), (1, True), (3, True)]
+)
+def test_training_with_functional_dropout(
+    pool: Any, ranks: int, recompute: bool, tmp_path: Path
+) -> None:
+    expected = trace_job(Groups.alone(), functional_case())
+    ours = functional_case(execution={"recompute": recompute})
+    errors = compare(expected, train_split(pool, ranks, ours, tmp_path))
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_functional_dropout_does_drop() -> None:
+    expected, found = train_plainly(functional_case()), trace_job(Groups.alone(), functional_case())
+    assert not torch.allclose(expected["0/output/0"], found["0/output/0"])
+    assert all(bool(v.isfinite().all()) for v in found.values())

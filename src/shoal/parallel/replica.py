@@ -229,6 +229,9 @@ def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Te
 
 
 def _user_error(what: str, error: Exception) -> ShoalError:
+    refused = getattr(error, "inner_exception", None)  # what torch's compiler has wrapped
+    if isinstance(refused, ShoalError):
+        return refused
     if is_peer_failure(error):
         return PeerLost(str(error).splitlines()[0])
     return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))

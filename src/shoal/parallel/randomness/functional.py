@@ -30,10 +30,10 @@ from shoal.parallel.randomness.ops import ATTENTION, Attention, attend, drop
 def counted(key: StepKey, model: nn.Module) -> Iterator[None]:
     """Inside, functional dropout has masks by `key`. For one forward pass of `model`.
 
-    A model in evaluation, or compiled, runs as it is. One that turns to functional dropout after a
+    A model in evaluation runs as it is. One that turns to functional dropout after a
     first pass without has a step of torch's own masks before it is found out.
     """
-    if key.compiled or not model.training:
+    if not model.training:
         yield
         return
     before = _drawn()
@@ -54,7 +54,7 @@ def intercepting(key: StepKey) -> Iterator["Interception | None"]:
 
     For a backward pass too: a model may run parts of itself again there.
     """
-    if key.compiled or key.intercepts is False:
+    if key.intercepts is False:
         yield None
         return
     was, key.active = key.active, True
@@ -96,9 +96,14 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = _FUNCTIONS.get(func)
-        if function is None:
+        # A graph that the user has had compiled would hold the masks of one step: it draws its own.
+        if function is None or torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs) if kwargs else func(*args)
-        return function(self, func, *args, **(kwargs or {}))
+        return self.answer(function, func, *args, **(kwargs or {}))
+
+    def answer(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `function` gives instead of one of torch's."""
+        return function(self, *args, **kwargs)
 
     def next_name(self, kind: str) -> str:
         """The name of a call that the module running now makes."""
@@ -215,6 +220,14 @@ for _kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_drop
         _packet = getattr(_aten, _kind + _suffix)
         for _function in (getattr(torch, _kind + _suffix), _packet, _packet.default):
             _FUNCTIONS[_function] = _Dropping(_kind, _inplace)
+
+
+def drops(function: Any) -> bool:
+    """Whether it is one of torch's functions that may drop elements."""
+    return isinstance(_FUNCTIONS.get(function), _Dropping) or function in _OTHERS
+
+
+_OTHERS = {f for f, how in _FUNCTIONS.items() if how in (_native, _attention)}
 
 # Where on the interpreter's stack a module is seen running, and the local variable that it is.
 _SEEN_AS = {nn.Module._call_impl.__code__: "self", run_within.__code__: "module"}

@@ -10,6 +10,7 @@ value is here. All else that draws random numbers is refused: its result would d
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from shoal.errors import Refused
 from shoal.parallel.randomness.key import StepKey, call_place
 from shoal.parallel.randomness.masks import FIND, Cut, Place
 from shoal.parallel.randomness.ops import ATTENTION, KINDS, Attention, attend, drop
+
+_LIBRARIES = ("/torch/", str(Path(__file__).parent))
 
 __all__ = ["CountedAttention", "CountedDrop", "use_counted_randomness"]
 
@@ -175,7 +178,7 @@ def _replace(node: Node, target: Any, told: dict[str, Any]) -> None:
 
 
 def _refused(node: Node) -> Refused:
-    line = node.meta.get("line") or _users_line(node)
+    line = node.meta.get("line") or users_line(node)
     path = _path(node)
     where = f" in {path}" if path else ""
     return Refused(
@@ -188,12 +191,12 @@ def _refused(node: Node) -> Refused:
     )
 
 
-def _users_line(node: Node) -> str | None:
+def users_line(node: Node) -> str | None:
     """The innermost line of the stack that is not torch's."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
     own = [
         f"{line}: {lines[index + 1]}" if index + 1 < len(lines) else line
         for index, line in enumerate(lines)
-        if line.startswith("File ") and "/torch/" not in line
+        if line.startswith("File ") and not any(part in line for part in _LIBRARIES)
     ]
     return own[-1] if own else None

@@ -41,7 +41,6 @@ class StepKey:
     # Whether the model drops elements outside its layers: None until a training pass has shown it.
     intercepts: bool | None = None
     active: bool = False
-    compiled: bool = False
 
     def begin(self, step: int, rows: Tensor, rank: int) -> None:
         """``rows``: positions of the local rows in the global batch."""

@@ -65,7 +65,7 @@ def dropped(
     at = _find_rows(key, shape) if place.rows_at == FIND else place.rows_at
     if at is not None and (key.rows is None or not len(key.rows) or shape[at] % len(key.rows)):
         at, name = None, f"{name}@rank {key.rank}"
-    elif at is None and place.rows_at == FIND and shape[:1] != (1,):
+    elif at is None and place.rows_at == FIND and list(shape[:1]) != [1]:
         name = f"{name}@rank {key.rank}"
     if at is None:
         rows, order = torch.zeros(1, dtype=torch.int64), list(range(len(shape)))
