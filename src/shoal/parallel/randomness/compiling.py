@@ -3,8 +3,8 @@
     model.compile(dynamic=False, backend=counting_backend)
 
 The compiler hands the graph of each part of the model to this backend, which looks through it and
-lets torch's default one compile it. Layers (`CountedDropout`) are not in it: they run uncompiled, as
-do torch's own modules that hold some (an encoder layer), whose functions are intercepted as always.
+lets torch's default one compile it. Layers (`CountedDropout`) are not in it: they run uncompiled,
+as do torch's own modules that hold some (an encoder layer), whose functions are intercepted.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def counting_backend(graph: GraphModule, inputs: Any) -> Callable[..., Any]:
     for node in graph.graph.nodes:
         if node.op == "call_function" and _draws(node):
             raise _refused(node)
-    return torch._dynamo.lookup_backend("inductor")(graph, inputs)  # type: ignore[no-any-return]
+    return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 def _draws(node: Node) -> bool:

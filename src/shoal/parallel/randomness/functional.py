@@ -178,7 +178,8 @@ def _through(function: Any) -> Any:
     its code with another answer.
     """
     names = function.__globals__ | dict.fromkeys(_QUESTIONS, _never)
-    code = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    parts = (function.__name__, function.__defaults__, function.__closure__)
+    code = types.FunctionType(function.__code__, names, *parts)
     code.__kwdefaults__ = function.__kwdefaults__
 
     def run(mode: Interception, _plain: Any, *args: Any, **kwargs: Any) -> Any:
