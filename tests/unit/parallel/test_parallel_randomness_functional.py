@@ -101,6 +101,7 @@ def traced(model: nn.Module, inputs: Tensor) -> Any:
 
 def run_graph(model: nn.Module, inputs: Tensor, rows: Tensor = ROWS) -> Tensor:
     program, key = traced(model, torch.cat((inputs, inputs))), StepKey(5)
+    key.know(model)
     use_counted_randomness(program.graph_module, key)
     key.begin(3, rows, 0)
     state = [*program.state_dict.values(), *program.constants.values()]
@@ -252,6 +253,22 @@ def test_no_two_calls_have_the_same_mask() -> None:
     masks = run(Mixed(), x)
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 4
     assert torch.equal(run_graph(Mixed(), x), masks)
+
+
+class Shared(nn.Module):
+    """Layers and functions under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Dropout(0.3), Each(FUNCTIONS["dropout"]))
+        self.b, self.c = self.a, nn.ModuleList([self.a[0]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c[0](self.b(self.a(x) + 1) + 1)
+
+
+def test_a_module_with_two_names_goes_by_the_first() -> None:
+    assert torch.equal(run_graph(Shared(), inputs()), run(Shared(), inputs()))
 
 
 def test_a_model_without_functional_dropout_is_left_alone_after_a_pass() -> None:

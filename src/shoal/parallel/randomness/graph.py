@@ -80,7 +80,8 @@ class CountedAttention(_Node):
 def use_counted_randomness(traced: HasGraph, key: StepKey) -> int:
     """Replace every dropout in the graph of `traced`; how many there were.
 
-    To be called on a whole graph, before it is cut into segments. Raises `Refused` for any other
+    To be called on a whole graph, before it is cut into segments, and after ``key.know(model)``,
+    where a module may have several names. Raises `Refused` for any other
     random operation, with the user's line.
     """
     graph, found = traced.graph, 0
@@ -94,8 +95,10 @@ def use_counted_randomness(traced: HasGraph, key: StepKey) -> int:
             continue
         if kind not in KINDS and kind != ATTENTION:
             raise _refused(node)
-        place = call_place(_path(node), kind)
-        number = node.meta.get("call", calls[place])
+        path = _path(node)
+        place = call_place(key.aliases.get(path, path), kind)
+        # Of a module with several names, calls under all of them count on.
+        number = calls[place] if path in key.aliases else node.meta.get("call", calls[place])
         calls[place] += 1
         if not _harmless(told):
             where = _place(node, symbolic)

@@ -37,6 +37,7 @@ class StepKey:
     rank: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # of modules with several names
     replays: bool = False
     # Whether the model drops elements outside its layers: None until a training pass has shown it.
     intercepts: bool | None = None
@@ -49,8 +50,12 @@ class StepKey:
         torch.manual_seed(hashed(self.seed, step, f"rank {rank}") & 0x7FFF_FFFF_FFFF_FFFF)
 
     def know(self, model: nn.Module) -> None:
-        """Learn the paths of the model's modules."""
+        """Learn the paths of the model's modules; one with several goes by the first."""
         self.paths = {id(module): path for path, module in model.named_modules()}
+        every = list(model.named_modules(remove_duplicate=False))
+        several = {self.paths[id(m)] for path, m in every if self.paths[id(m)] != path}
+        first = {path: self.paths[id(module)] for path, module in every}
+        self.aliases = {path: name for path, name in first.items() if name in several}
 
     def next_name(self, path: str | None, kind: str) -> str:
         """The name of the next call of this kind by the module at `path` in this step.
