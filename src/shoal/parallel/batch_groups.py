@@ -42,18 +42,29 @@ class BatchGroups:
     _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
     _sent: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
     _sum: Pending | None = None
+    _there: set[int] = field(default_factory=set)  # groups whose statistics are noted
+    _calls: int = 0  # of layers, in the forward pass in hand
 
-    def begin(self, rows: Tensor, batch_examples: int, shares: list[tuple[int, int]]) -> None:
-        """Set the groups of a step.
+    def begin(
+        self,
+        rows: Tensor,
+        batch_examples: int,
+        shares: list[tuple[int, int]],
+        *,
+        microbatch: int = 0,
+        stands_in: bool | None = None,
+    ) -> None:
+        """Set the groups of a forward pass: of a step, or of one of its microbatches.
 
         ``rows``: positions of the local rows in the global batch (int64, ascending); ``shares``:
-        every rank's (start, stop) of those positions.
+        every rank's (start, stop) of those positions; ``stands_in``: whether the rows have no
+        weight, if that is not what the shares say. What microbatches note is put together.
         """
         size = self.normalize_over or max(1, batch_examples)
         self.count = max(1, -(-batch_examples // size))
         self.local_rows = len(rows)
         start, stop = shares[self.group.rank]
-        self.stands_in = start == stop and self.local_rows > 0
+        self.stands_in = start == stop and self.local_rows > 0 if stands_in is None else stands_in
         group_of_row = torch.div(rows, size, rounding_mode="floor")
         numbers, lengths = torch.unique_consecutive(group_of_row, return_counts=True)
         first, spans = 0, []
@@ -63,8 +74,13 @@ class BatchGroups:
         self.spans = tuple(spans)
         borders = [stop for _, stop in shares if 0 < stop < batch_examples]
         self.crosses = self.group.size > 1 and any(border % size for border in borders)
-        self._pending.clear()
-        self._sum = None
+        self._calls = 0
+        if microbatch == 0:
+            self._pending.clear()
+            self._there.clear()
+            self._sum = None
+        if not self.stands_in:
+            self._there.update(span.group for span in self.spans)
 
     def spans_of(self, rows: int) -> tuple[Span, ...]:
         """The spans of a layer's input of `rows` rows.
@@ -100,7 +116,13 @@ class BatchGroups:
 
     def track_later(self, layer: Tracker, means: Tensor, variances: Tensor) -> None:
         """Note the statistics ``[groups, C]`` of the groups on this rank; zero for the others."""
-        self._pending.append((layer, means, variances))
+        place, self._calls = self._calls, self._calls + 1
+        if place < len(self._pending):  # an earlier microbatch has noted other groups
+            _, others, more = self._pending[place]
+            others.add_(means)
+            more.add_(variances)
+        else:
+            self._pending.append((layer, means, variances))
 
     def send(self) -> None:
         """Start to bring the statistics of groups that lie whole on one rank to all ranks.
@@ -115,8 +137,8 @@ class BatchGroups:
         self._sent, self._pending = self._pending, []
         kind = self._sent[0][1]
         present = kind.new_zeros(self.count, 1)
-        if not self.stands_in:
-            present[[span.group for span in self.spans]] = 1.0
+        if self._there:
+            present[sorted(self._there)] = 1.0
         parts = [present, *(part.to(kind.dtype) for _, m, v in self._sent for part in (m, v))]
         # Every group is on exactly one rank, and zero on the others: the sum is exact.
         self._sum = self.group.all_reduce_later(torch.cat(parts, 1), "activation")

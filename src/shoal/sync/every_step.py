@@ -35,10 +35,11 @@ class EveryStep:
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._sent = 0
+        self._last = False  # whether the backward pass in hand is the step's last
         self.hidden_s = 0.0
 
     def attach(self, replica: Replica) -> None:
-        trained = [p for p in replica.holding.parameters() if p.requires_grad]
+        trained = [p for p in replica.model.parameters() if p.requires_grad]
         if not trained:
             raise Refused(
                 "every parameter of this model is frozen (requires_grad is False): "
@@ -52,8 +53,14 @@ class EveryStep:
                 parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def _arrived(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is complete: send what has become full, in order."""
+        """The gradient of a parameter is complete: send what has become full, in order.
+
+        Microbatches add to it; before the last one nothing is sent.
+        """
         bucket = self._bucket_of[id(parameter)]
+        if not self._last:
+            bucket.earlier.add(id(parameter))
+            return
         if bucket.pending is not None:
             raise RunError(
                 f"the gradient of a parameter of shape {list(parameter.shape)} was added to twice "
@@ -83,6 +90,7 @@ class EveryStep:
         return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
 
     def share(self, vector: Tensor) -> Pending:
+        self._last = True
         return self._everyone.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
@@ -100,5 +108,6 @@ class EveryStep:
             last_end = max(last_end, ended)
             bucket.settle()
         self._sent = 0
+        self._last = False
         waited = self._group.counter.waited_s - waited
         self.hidden_s += max(0.0, under_way - waited)

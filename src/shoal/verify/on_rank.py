@@ -68,6 +68,7 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
         context.store,
         context.generation,
         axes=strategy.axes,
+        shards=strategy.shards,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(peer_failures())
@@ -78,14 +79,14 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
             reference = Reference(workload, DTYPE, groups.device)
             records = reference.steps(task.steps)
         stack.enter_context(task.plant())
-        job = assemble(groups, workload, Execution.of(strategy, DTYPE))
-        compare_start(
-            groups.data,
-            {
-                "parameter names, shapes and types": describe_parameters(job.replica.holding),
-                "data": workload.feed.fingerprint,
-            },
+        start: dict[str, Any] = {"data": workload.feed.fingerprint}
+        job = assemble(
+            groups,
+            workload,
+            Execution.of(strategy, DTYPE),
+            look=lambda model: start.update(parameters=describe_parameters(model)),
         )
+        compare_start(groups.world, start)
         observed, comparison, cause = Observed(job), Comparison.empty(), None
         for step in range(task.steps):
             record = next(records) if groups.world.rank == 0 else None
@@ -98,13 +99,14 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
                 cause = f"the ranks have no finite loss where one device has: {error.message}"
                 break
             examples = workload.feed.batch_examples(step)
-            shares = share_of(examples, groups.data.size).shares
+            shares = share_of(examples, groups.data.size, job.replica.unit).shares
             if step == 0:
                 require_all_held(groups.world, _layout(job), theirs)
             comparison.add(step, mine, theirs, _held(job, shares, examples))
             first = _first(groups.world, comparison)
             if first is not None and cause is None:
-                cause = cause_between_ranks(groups.world, first, mine, theirs)
+                layout = job.replica.layout
+                cause = cause_between_ranks(groups.world, first, mine, theirs, layout)
                 if cause is None and groups.world.rank == 0:
                     cause = likely_cause(reference, first, mine, theirs, shares)
                 cause = groups.world.all_gather_json(cause, "evaluation")[0]
