@@ -70,9 +70,14 @@ class Pool:
             self.close()
             raise
 
-    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int) -> list[Any]:
-        """``function(groups, *arguments)`` on `ranks` ranks that have met."""
-        return self.call(_together, function, *arguments, ranks=ranks)
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, ranks: int, axes: Any = ()
+    ) -> list[Any]:
+        """``function(groups, *arguments)`` on `ranks` ranks that have met.
+
+        ``axes``: (name, degree) of the groups they form; all are replicas without any.
+        """
+        return self.call(_together, function, tuple(axes), *arguments, ranks=ranks)
 
     def close(self) -> None:
         if self._ranks is not None:
@@ -94,14 +99,19 @@ def _strictly(context: Context, function: Callable[..., Any], *arguments: Any) -
         return function(context, *arguments)
 
 
-def _together(context: Context, function: Callable[..., Any], *arguments: Any) -> Any:
+def _together(context: Context, function: Callable[..., Any], axes: Any, *arguments: Any) -> Any:
     import torch
 
     from shoal.comm import Groups
 
     torch.set_num_threads(1)
     groups = Groups.form(
-        context.rank, context.world_size, context.store, context.generation, timeout_s=60
+        context.rank,
+        context.world_size,
+        context.store,
+        context.generation,
+        axes=axes,
+        timeout_s=60,
     )
     result = function(groups, *arguments)
     groups.close()

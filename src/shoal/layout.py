@@ -119,21 +119,135 @@ class Slice:
             )
 
 
-Layout: TypeAlias = Mapping[str, Slice]
-"""The piece that one rank holds of each tensor, by qualified name."""
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a tensor: boxes of it, one after another along `dim`.
+
+    Most parts are one box. A fused weight of queries, keys and values that is cut by heads is
+    three: some rows of each third. Raises ValueError where there is no box, they are boxes of
+    different tensors, overlap, or do not fit side by side.
+
+        part = Part.of(Slice((6, 4), (0, 0), (1, 4)), Slice((6, 4), (3, 0), (1, 4)))
+        part.take(weight)          # rows 0 and 3, [2, 4]
+    """
+
+    boxes: tuple[Slice, ...]
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.boxes:
+            raise ValueError("a part has one box at least, which may be empty")
+        first = self.boxes[0]
+        for box in self.boxes[1:]:
+            first._check_same_tensor(box)
+            if self._across(box) != self._across(first):
+                raise ValueError(f"{first} and {box} do not fit side by side along {self.dim}")
+        _check_disjoint([box for box in self.boxes if box.numel])
+
+    def _across(self, box: Slice) -> tuple[Shape, Shape]:
+        """Where a box lies along all dimensions but `dim`."""
+        others = [axis for axis in range(len(box.shape)) if axis != self.dim]
+        return tuple(box.offset[a] for a in others), tuple(box.shape[a] for a in others)
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Part":
+        """All of a tensor of this shape."""
+        return cls((Slice.whole(shape),))
+
+    @classmethod
+    def of(cls, *boxes: Slice, dim: int = 0) -> "Part":
+        return cls(boxes, dim)
+
+    @property
+    def global_shape(self) -> Shape:
+        return self.boxes[0].global_shape
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the tensor that holds the part."""
+        first = self.boxes[0].shape
+        if len(self.boxes) == 1:
+            return first
+        along = sum(box.shape[self.dim] for box in self.boxes)
+        return (*first[: self.dim], along, *first[self.dim + 1 :])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.boxes) == 1 and self.boxes[0].is_whole
+
+    def places(self) -> list[tuple[Slice, tuple[slice, ...]]]:
+        """Each box, and how to index it in the tensor that holds the part."""
+        found, start = [], 0
+        for box in self.boxes:
+            index = [slice(0, size) for size in box.shape]
+            if index:
+                stop = start + box.shape[self.dim]
+                index[self.dim] = slice(start, stop)
+                start = stop
+            found.append((box, tuple(index)))
+        return found
+
+    def take(self, whole: Any) -> Any:
+        """This part of a whole torch tensor, as a new contiguous one."""
+        result = whole.new_empty(self.shape)
+        origin = Slice.whole(self.global_shape)
+        for box, index in self.places():
+            result[index] = whole[box.index_within(origin)]
+        return result
+
+    def narrow(self, dim: int, start: int, stop: int) -> "Part":
+        """The part that ``[start, stop)`` along `dim` of this part's tensor is."""
+        if not 0 <= start <= stop <= self.shape[dim]:
+            raise ValueError(f"{start}:{stop} reaches out of dimension {dim} of {self.shape}")
+        if dim != self.dim or len(self.boxes) == 1:
+            return Part(tuple(_narrowed(box, dim, start, stop) for box in self.boxes), self.dim)
+        kept, before = [], 0
+        for box in self.boxes:
+            size = box.shape[dim]
+            first, last = max(start - before, 0), min(stop - before, size)
+            if first < last:
+                kept.append(_narrowed(box, dim, first, last))
+            before += size
+        return Part(tuple(kept) or (_narrowed(self.boxes[0], dim, 0, 0),), self.dim)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"boxes": [box.to_json() for box in self.boxes], "dim": self.dim}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Part":
+        """Rebuild from :meth:`to_json`. Raises ValueError."""
+        return cls(tuple(Slice.from_json(box) for box in value["boxes"]), int(value["dim"]))
+
+    def __str__(self) -> str:
+        return " and ".join(str(box) for box in self.boxes)
 
 
-def layout_to_json(layout: Layout) -> dict[str, dict[str, list[int]]]:
-    return {name: piece.to_json() for name, piece in layout.items()}
+def _narrowed(box: Slice, dim: int, start: int, stop: int) -> Slice:
+    offset, shape = list(box.offset), list(box.shape)
+    offset[dim] += start
+    shape[dim] = stop - start
+    return Slice(box.global_shape, tuple(offset), tuple(shape))
 
 
-def layout_from_json(value: Mapping[str, Any]) -> dict[str, Slice]:
+Layout: TypeAlias = Mapping[str, Part]
+"""What one rank holds of each tensor, by qualified name."""
+
+
+def layout_to_json(layout: Layout) -> dict[str, dict[str, Any]]:
+    return {name: part.to_json() for name, part in layout.items()}
+
+
+def layout_from_json(value: Mapping[str, Any]) -> dict[str, Part]:
     """Rebuild from :func:`layout_to_json`. Raises ValueError that names the tensor."""
     layout = {}
-    for name, piece in value.items():
+    for name, part in value.items():
         try:
-            layout[name] = Slice.from_json(piece)
-        except (TypeError, ValueError) as error:
+            layout[name] = Part.from_json(part)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
     return layout
 

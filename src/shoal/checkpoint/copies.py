@@ -40,4 +40,4 @@ class Copies:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return Piece(buffer.copy_(tensor, non_blocking=True), piece.slice)
+        return Piece(buffer.copy_(tensor, non_blocking=True), piece.part)

@@ -19,7 +19,7 @@ from torch import Tensor
 from shoal.checkpoint import folder, tensor_file
 from shoal.checkpoint.manifest import FILE_NAME, Entry, Manifest
 from shoal.errors import CheckpointDamaged, RunError
-from shoal.layout import Slice
+from shoal.layout import Part, Slice
 
 
 class Checkpoint:
@@ -75,6 +75,15 @@ class Checkpoint:
             self._check_length(name)
         for entry in self.manifest.tensors:
             self._piece(entry)
+
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A new contiguous CPU tensor of this part of the tensor or alias `name`; as `read`."""
+        if len(part.boxes) == 1:
+            return self.read(name, part.boxes[0])
+        result = torch.empty(part.shape, dtype=self.dtype(name))
+        for box, index in part.places():
+            result[index] = self.read(name, box)
+        return result
 
     def read(self, name: str, part: Slice | None = None) -> Tensor:
         """A new contiguous CPU tensor of this box (default: all) of the tensor or alias `name`.

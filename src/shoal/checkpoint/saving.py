@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from shoal.checkpoint import files, folder, tensor_file
 from shoal.checkpoint.manifest import FILE_NAME, FORMAT, Manifest
 from shoal.checkpoint.meeting import Meeting
 from shoal.checkpoint.plan import Offer, Plan, make_plan
-from shoal.checkpoint.snapshot import Piece, Snapshot
+from shoal.checkpoint.snapshot import Snapshot
 from shoal.errors import RanksDiffer, RunError, ShoalError
+from shoal.layout import Slice
 from shoal.version import __version__
 
 
@@ -86,7 +89,11 @@ class _Saving:
             folder.tidy(self.checkpoints)
             self.temporary.mkdir()
             self.free = shutil.disk_usage(self.checkpoints).free
-        offers = [_offer(name, piece) for name, piece in self.snapshot.tensors.items()]
+        offers = [
+            _offer(name, box, tensor)
+            for name, piece in self.snapshot.tensors.items()
+            for box, tensor in piece.boxes()
+        ]
         return {
             "common": json.loads(json.dumps(self.snapshot.common, allow_nan=False)),
             "offers": [offer.to_json() for offer in offers],
@@ -116,7 +123,12 @@ class _Saving:
         entries = plan.of_rank(self.meeting.rank)
         if not entries:
             return 0
-        tensors = {entry.key: self.snapshot.tensors[entry.name].tensor for entry in entries}
+        held = {
+            (name, box): tensor
+            for name in {entry.name for entry in entries}
+            for box, tensor in self.snapshot.tensors[name].boxes()
+        }
+        tensors = {entry.key: held[entry.name, entry.slice] for entry in entries}
         specs = [tensor_file.Spec(entry.key, entry.dtype, entry.shape) for entry in entries]
         return tensor_file.write(self.temporary / entries[0].file, specs, tensors.__getitem__)
 
@@ -190,6 +202,6 @@ class _Saving:
         )
 
 
-def _offer(name: str, piece: Piece) -> Offer:
-    dtype = tensor_file.dtype_name(name, piece.tensor)
-    return Offer(name, dtype, piece.slice, tensor_file.checksum(piece.tensor))
+def _offer(name: str, box: Slice, tensor: Tensor) -> Offer:
+    dtype = tensor_file.dtype_name(name, tensor)
+    return Offer(name, dtype, box, tensor_file.checksum(tensor))

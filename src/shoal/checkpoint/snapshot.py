@@ -1,7 +1,7 @@
 """What is saved: the pieces of tensors that this rank holds, and the run's small values.
 
     whole tensor   [============]     Piece.whole(weight)
-    rows 4 to 8    [----[====]--]     Piece(rows, Slice((10, 64), (4, 0), (4, 64)))
+    rows 4 to 8    [----[====]--]     Piece(rows, Part.of(Slice((10, 64), (4, 0), (4, 64))))
 
 A snapshot holds references: nothing may change its tensors until it is saved. `Copies` makes one
 that training cannot change.
@@ -13,31 +13,37 @@ that training cannot change.
     )
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from shoal.layout import Slice
+from shoal.layout import Part, Slice
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A box of a tensor, on any device, with any strides. Raises ValueError if shapes differ."""
+    """A part of a tensor, on any device, with any strides. Raises ValueError if shapes differ."""
 
     tensor: Tensor
-    slice: Slice
+    part: Part
 
     def __post_init__(self) -> None:
-        if tuple(self.tensor.shape) != self.slice.shape:
-            raise ValueError(
-                f"a tensor of shape {tuple(self.tensor.shape)} cannot be the slice {self.slice}"
-            )
+        if tuple(self.tensor.shape) != self.part.shape:
+            raise ValueError(f"a tensor of shape {tuple(self.tensor.shape)} cannot be {self.part}")
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "Piece":
-        return cls(tensor, Slice.whole(tensor.shape))
+        return cls(tensor, Part.whole(tensor.shape))
+
+    def boxes(self) -> Iterator[tuple[Slice, Tensor]]:
+        """Each box of the part, and the values in it."""
+        if len(self.part.boxes) == 1:
+            yield self.part.boxes[0], self.tensor
+            return
+        for box, index in self.part.places():
+            yield box, self.tensor[index]
 
 
 @dataclass(frozen=True, eq=False)

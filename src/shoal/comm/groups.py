@@ -1,10 +1,16 @@
-"""`Group`, a set of ranks that talk, and `Groups`, all the sets of one generation of ranks."""
+"""`Group`, a set of ranks that talk, and `Groups`, all the sets of one generation of ranks.
+
+pp2.dp2.tp2       stage 0: replica 0: ranks 0 1      replica 1: ranks 2 3
+                  stage 1: replica 0: ranks 4 5      replica 1: ranks 6 7
+
+of rank 0         tensor 0 1    data 0 2    pipeline 0 4    model 0 1 4 5    world 0 … 7
+"""
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, Self
 
@@ -17,6 +23,7 @@ from shoal.comm import shared_memory
 from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import peer_failures
 from shoal.comm.meeting import open_store
+from shoal.comm.mesh import Axes, Mesh
 from shoal.comm.pending import Pending
 from shoal.comm.shared_memory import CannotShare, SharedMemoryGroup
 from shoal.errors import WorldError
@@ -29,6 +36,7 @@ Transport = Literal["auto", "shared_memory", "gloo"]
 class Group:
     """Ranks that talk to each other; ``process_group`` is None for a rank alone.
 
+    ``rank`` is this rank's place in the group, ``ranks`` are the world's numbers of its members.
     Collectives work in place where torch's do. Sums are over all ranks of the group.
     """
 
@@ -36,6 +44,11 @@ class Group:
     size: int
     process_group: dist.ProcessGroup | None = None
     counter: Counter = field(default_factory=Counter)
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple(range(self.size)))
 
     def _count(self, name: str, purpose: Purpose, tensor: Tensor) -> None:
         self.counter.add(name, purpose, tensor.numel() * tensor.element_size())
@@ -49,12 +62,13 @@ class Group:
         if purpose != "checkpoint":  # then it is the thread that saves, beside training
             self.counter.waited_s += time.perf_counter() - began
 
-    def all_reduce(self, tensor: Tensor, purpose: Purpose) -> Tensor:
-        """Sum `tensor` over the group, in place; returns it."""
+    def all_reduce(self, tensor: Tensor, purpose: Purpose, *, largest: bool = False) -> Tensor:
+        """Sum `tensor` over the group (or take the largest), in place; returns it."""
         if self.process_group is not None:
             self._count("all_reduce", purpose, tensor)
+            operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
             with self._waiting(purpose):
-                dist.all_reduce(tensor, group=self.process_group)
+                dist.all_reduce(tensor, op=operation, group=self.process_group)
         return tensor
 
     def all_reduce_later(self, tensor: Tensor, purpose: Purpose, *, agreement: int = 0) -> Pending:
@@ -82,6 +96,23 @@ class Group:
             # Not all_gather_into_tensor: torch 2.13 has given it another name.
             dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=self.process_group)
         return result
+
+    def send_later(self, tensor: Tensor, to: int, purpose: Purpose) -> Pending:
+        """Start sending `tensor`, dense and contiguous, to the group's rank `to`.
+
+        The tensor must stay as it is until the result has been waited for. What two ranks send each
+        other arrives in the order in which it was sent.
+        """
+        self._count("send", purpose, tensor)
+        with peer_failures():
+            work = dist.isend(tensor, group=self.process_group, group_dst=to)
+        return Pending(tensor, work, self.counter)
+
+    def receive(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
+        """Fill `tensor`, contiguous, with what the group's rank `source` sends; returns it."""
+        with self._waiting(purpose):
+            dist.recv(tensor, group=self.process_group, group_src=source)
+        return tensor
 
     def broadcast(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
         """Give every rank `source`'s values, in place; returns the tensor."""
@@ -111,9 +142,11 @@ class Group:
 class Groups:
     """The groups of one generation of ranks.
 
-    ``data`` are the replicas of the model, ``statistics`` the same ranks over connections of their
-    own (batch statistics must not queue behind a gradient bucket in flight), ``checkpoint`` all
-    ranks over connections for the thread that saves while the others are in use: host memory only.
+    ``data`` are the ranks that hold the same part of the model in each replica, ``statistics`` the
+    same ranks over connections of their own (batch statistics must not queue behind a gradient
+    bucket in flight). ``tensor`` are those that share this rank's layers, ``pipeline`` its
+    neighbours in the other stages, ``model`` both: one replica. ``checkpoint`` are all ranks over
+    connections for the thread that saves while the others are in use: host memory only.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.
     """
@@ -123,8 +156,16 @@ class Groups:
     statistics: Group
     checkpoint: Group
     device: torch.device
+    tensor: Group = field(default_factory=lambda: Group(0, 1))
+    pipeline: Group = field(default_factory=lambda: Group(0, 1))
+    model: Group = field(default_factory=lambda: Group(0, 1))
     transport: str = "none"
     reason: str | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one that counts for its replica, where one of them has to."""
+        return self.model.rank == 0
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:
@@ -141,11 +182,13 @@ class Groups:
         generation: str,
         device: torch.device | None = None,
         *,
+        axes: Axes = (),
         transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
-    ) -> Self:
+    ) -> "Groups":
         """Meet the other ranks at `store` (``file:PATH``, ``tcp:HOST:PORT``, ``agent:HOST:PORT``).
 
+        ``axes``: a strategy's (name, degree), outermost first; without any all are replicas.
         ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
         CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
         shared memory that was asked for.
@@ -155,13 +198,14 @@ class Groups:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
         place = open_store(store, rank, world_size, timeout)
-        member = _Member(rank, world_size, PrefixStore(generation, place), timeout)
+        mesh = Mesh(axes or (("dp", world_size),))
+        member = _Member(rank, mesh, PrefixStore(generation, place), timeout)
         with peer_failures():
             reason = _why_not_shared(transport, device)
             if reason is None:
                 try:
-                    world, statistics, saving = member.groups(shared_memory.BACKEND)
-                    return cls(world, world, statistics, saving, device, _carrier(world))
+                    made = member.groups(shared_memory.BACKEND, device)
+                    return replace(made, transport=_carrier(made.world))
                 except CannotShare as error:
                     reason = str(error)
             if transport == "shared_memory":
@@ -172,10 +216,10 @@ class Groups:
                 )
             # gloo for tensors on the CPU (counts, statuses), NCCL for those on a GPU.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            world, statistics, saving = member.groups(backend)
+            made = member.groups(backend, device)
         carrier = "nccl" if device.type == "cuda" else "gloo"
         told = reason if transport == "auto" and device.type == "cpu" else None
-        return cls(world, world, statistics, saving, device, carrier, told)
+        return replace(made, transport=carrier, reason=told)
 
     def close(self) -> None:
         """Leave the groups. Collective."""
@@ -188,35 +232,64 @@ class _Member:
     """One rank where all of them meet."""
 
     rank: int
-    world_size: int
+    mesh: Mesh
     meeting: PrefixStore
     timeout: timedelta
 
-    def groups(self, backend: str) -> tuple[Group, Group, Group]:
-        """All ranks, three times. Raises `CannotShare` on every rank, or on none."""
+    def groups(self, backend: str, device: torch.device) -> Groups:
+        """Every group of this rank.
+
+        Raises `CannotShare` on every rank, or on none. Collective over all ranks, which make all
+        groups in one order, also those that they are not in.
+        """
         shared_memory.register()
-        counter = Counter()
+        size, counter = self.mesh.size, Counter()
         dist.init_process_group(
             backend,
             store=PrefixStore(backend, self.meeting),
             rank=self.rank,
-            world_size=self.world_size,
+            world_size=size,
             timeout=self.timeout,
         )
         for_saving = "gloo" if "nccl" in backend else backend
+        everyone = tuple(range(size))
+        world = Group(self.rank, size, dist.group.WORLD, counter, everyone)
+
+        def group(axes: tuple[str, ...], kind: str = backend, *, own: bool = False) -> Group:
+            return self._group(self.mesh.parts(axes), kind, world, own=own)
+
         try:
-            made = [
-                dist.group.WORLD,
-                dist.new_group(timeout=self.timeout, backend=backend),
-                dist.new_group(timeout=self.timeout, backend=for_saving),
-            ]
+            return Groups(
+                world=world,
+                statistics=group(("dp",), own=True),
+                checkpoint=self._group([everyone], for_saving, world, own=True),
+                data=group(("dp",)),
+                tensor=group(("tp",)),
+                pipeline=group(("pp",)),
+                model=group(("pp", "tp")),
+                device=device,
+            )
         except CannotShare:
             dist.destroy_process_group()
             raise
-        world, statistics, checkpoint = (
-            Group(self.rank, self.world_size, each, counter) for each in made
-        )
-        return world, statistics, checkpoint
+
+    def _group(
+        self, parts: Iterable[tuple[int, ...]], backend: str, world: Group, *, own: bool
+    ) -> Group:
+        """Make a group of each of `parts`; the one that this rank is in.
+
+        ``own``: over connections of its own, also where it is all ranks.
+        """
+        mine = Group(0, 1, None, world.counter, (self.rank,))
+        for ranks in parts:
+            if len(ranks) == 1:
+                continue
+            if len(ranks) == world.size and not own:
+                return world
+            made = dist.new_group(list(ranks), timeout=self.timeout, backend=backend)
+            if self.rank in ranks:
+                mine = Group(ranks.index(self.rank), len(ranks), made, world.counter, ranks)
+        return mine
 
 
 def _why_not_shared(transport: Transport, device: torch.device) -> str | None:

@@ -9,6 +9,7 @@ from shoal.checkpoint import Checkpoint
 from shoal.checkpoint.optimizer_state import restore
 from shoal.comm import Groups
 from shoal.job.workload import Execution, Workload, local_batch
+from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, build_replica
 from shoal.sync import Agreement, build_agreement
 
@@ -27,7 +28,17 @@ class Job:
     @property
     def parameter_names(self) -> dict[torch.nn.Parameter, str]:
         """Each parameter's qualified name in the user's module; tied ones once."""
-        return {parameter: name for name, parameter in self.replica.model.named_parameters()}
+        return {parameter: name for name, parameter in self.replica.holding.named_parameters()}
+
+    def part_of(self, name: str, tensor: Tensor) -> Part:
+        """Which part of the tensor `name` this rank's `tensor` is.
+
+        An optimizer's state of a parameter (``fc.weight/exp_avg``) that has the parameter's shape
+        is cut like it; any other is whole on each rank.
+        """
+        part = self.replica.layout[name.rpartition("/")[0] if "/" in name else name]
+        shape = tuple(tensor.shape)
+        return part if "/" not in name or (shape and shape == part.shape) else Part.whole(shape)
 
     def read(self, step: int) -> tuple[LocalBatch, Share]:
         """This rank's rows of a training step, and who has the others."""
@@ -54,7 +65,7 @@ class Job:
         if self.workload.clip_norm is not None:
             norm = self.replica.gradient_norm()
             torch.nn.utils.clip_grads_with_norm_(
-                self.replica.model.parameters(), self.workload.clip_norm, norm
+                self.replica.holding.parameters(), self.workload.clip_norm, norm
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -83,10 +94,10 @@ def assemble(
         recompute=execution.recompute,
         compiled=execution.compiled,
     )
-    optimizer = workload.build_optimizer(model)
+    optimizer = workload.build_optimizer(replica.holding)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    agreement = build_agreement(groups.data)
+    agreement = build_agreement(groups)
     agreement.attach(replica)
     job = Job(groups, workload, replica, agreement, optimizer)
     if state is not None:
@@ -103,5 +114,13 @@ def _restore_model(state: Checkpoint, model: nn.Module) -> None:
 
 
 def _restore_optimizer(state: Checkpoint, job: Job) -> None:
-    tensors = {name: state.read(name) for name in state.names if name not in state.weights}
+    own = set(job.parameter_names.values())
+    tensors = {}
+    for name in state.names:
+        parameter = name.rpartition("/")[0]
+        if name in state.weights or parameter not in own:
+            continue
+        part = job.replica.layout[parameter]
+        is_like = state.shape(name) == part.global_shape and len(part.global_shape) > 0
+        tensors[name] = state.read_part(name, part) if is_like else state.read(name)
     restore(job.optimizer, job.parameter_names, tensors, state.manifest.optimizer)

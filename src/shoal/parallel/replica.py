@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from shoal.comm import Pending, is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
-from shoal.layout import Slice
+from shoal.layout import Part
 from shoal.parallel.randomness import StepKey
 from shoal.parallel.statistics import BatchGroups
 
@@ -118,14 +118,33 @@ class Replica:
         return self.body.model
 
     @property
+    def holding(self) -> nn.Module:
+        """The user's module with the tensors that this rank keeps and updates, by their names."""
+        return self.body.model
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model learns."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def captured(self) -> Any:
+        """The outputs of the last step, once `capture` is set; None on ranks without any."""
+        return self.body.captured
+
+    def capture(self) -> None:
+        """Keep the outputs of each training step from now on."""
+        self.body.capture = True
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
-    def layout(self) -> dict[str, Slice]:
+    def layout(self) -> dict[str, Part]:
         """Every tensor of the model lies whole on each rank."""
         state = self.model.state_dict(keep_vars=True)
-        return {name: Slice.whole(tuple(tensor.shape)) for name, tensor in state.items()}
+        return {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
 
     def forward_backward(self, batch: LocalBatch, step: int, share: Share, start: Start) -> Tensor:
         """Leave in ``.grad`` the gradient of this rank's losses ÷ the examples of the global batch.

@@ -4,14 +4,14 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from shoal.comm import Pending
+from shoal.comm import Group, Pending
 
 
 class Replica(Protocol):
-    """What an agreement needs of a replica: its model."""
+    """What an agreement needs of a replica: the tensors that this rank updates."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def holding(self) -> nn.Module: ...
 
 
 class Agreement(Protocol):
@@ -26,7 +26,7 @@ class Agreement(Protocol):
         """Put hooks on the replica's parameters, once, before the first step. Collective."""
 
     def share(self, vector: Tensor) -> Pending:
-        """Start summing a small float64 vector over the replicas. Collective, once a step."""
+        """Start summing a small float64 vector over all ranks. Collective, once a step."""
         ...
 
     def agree(self, replica: Replica) -> None:
@@ -34,15 +34,18 @@ class Agreement(Protocol):
 
 
 class Alone:
-    """One replica: there is nobody to agree with."""
+    """One replica: there is nobody to agree with, though it may lie on several ranks."""
 
     hidden_s = 0.0
+
+    def __init__(self, everyone: Group) -> None:
+        self._everyone = everyone
 
     def attach(self, replica: Replica) -> None:
         return
 
     def share(self, vector: Tensor) -> Pending:
-        return Pending(vector).on_host()
+        return self._everyone.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
         return

@@ -27,17 +27,18 @@ BUCKET_BYTES = 8 << 20
 
 
 class EveryStep:
-    """All-reduce of gradients at each step, over `group`."""
+    """All-reduce of gradients at each step, over `group`; `everyone` shares the step's sums."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, everyone: Group) -> None:
         self._group = group
+        self._everyone = everyone
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._sent = 0
         self.hidden_s = 0.0
 
     def attach(self, replica: Replica) -> None:
-        trained = [p for p in replica.model.parameters() if p.requires_grad]
+        trained = [p for p in replica.holding.parameters() if p.requires_grad]
         if not trained:
             raise Refused(
                 "every parameter of this model is frozen (requires_grad is False): "
@@ -82,7 +83,7 @@ class EveryStep:
         return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
 
     def share(self, vector: Tensor) -> Pending:
-        return self._group.all_reduce_later(vector, "metric").on_host()
+        return self._everyone.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
         """Send what is left (parameters that the step did not use), and wait for the sums."""

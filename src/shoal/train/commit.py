@@ -51,7 +51,7 @@ class Committer:
         self._copies = Copies()
         self._background = Background()
         # An attention mask, say, may be a buffer with infinities from the start.
-        self._never_finite = not_finite(job.replica.model)
+        self._never_finite = not_finite(job.replica.holding)
         self.last: SavedCheckpoint | None = None
 
     @property
@@ -72,7 +72,7 @@ class Committer:
         there, what need not be kept is removed. Raises `NotFinite`, and what :meth:`wait` raises.
         """
         self.wait()
-        require_finite(self._job.replica.model, step, self._never_finite)
+        require_finite(self._job.replica.holding, step, self._never_finite)
         snapshot = self._copies.take(self._snapshot(step, state))
         best = (convergence.best_step,) if convergence.best is not None else ()
         self._background.start(lambda: self._save(snapshot, best))
@@ -106,9 +106,10 @@ class Committer:
         job = self._job
         state, scalars = flatten(job.optimizer, job.parameter_names)
         weights, aliases = _weights(job)
+        held = weights | state
         return Snapshot(
             step=step,
-            tensors={name: Piece.whole(tensor) for name, tensor in (weights | state).items()},
+            tensors={name: Piece(each, job.part_of(name, each)) for name, each in held.items()},
             fingerprint=self._recipe.fingerprint,
             strategy=self._strategy,
             position={**job.workload.feed.position(step), "data": job.workload.feed.fingerprint},
@@ -123,7 +124,7 @@ def _weights(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
     weights: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
-    for name, tensor in job.replica.model.state_dict(keep_vars=True).items():
+    for name, tensor in job.replica.holding.state_dict(keep_vars=True).items():
         first = names.setdefault(id(tensor), name)
         if first == name:
             weights[name] = tensor.detach()

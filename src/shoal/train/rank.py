@@ -56,6 +56,7 @@ def train_on_rank(
         context.store,
         context.generation,
         device,
+        axes=strategy.axes,
         transport=cast(Transport, task.transport),
     )
     if groups.world.rank == 0 and groups.reason is not None:
@@ -93,7 +94,8 @@ def _train(
     memory = PeakMemory(groups.device)
     state = _find_state(groups, run, context.send) if task.resume else None
     job = assemble(groups, workload_of(recipe), Execution.of(strategy), state)
-    compare(groups.world, _initial(job))
+    # Replicas of one part of the model; the parts themselves differ.
+    compare(groups.data, _initial(job))
     loop = Loop(job, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
@@ -134,15 +136,15 @@ def _initial(job: Job) -> dict[str, Any]:
     """What they compare before step 1."""
     evaluation = job.workload.evaluation
     return {
-        "parameter names, shapes and types": describe_parameters(job.replica.model),
+        "parameter names, shapes and types": describe_parameters(job.replica.holding),
         # Gradients are summed by position: the same parameters in another order would be mixed up.
         "order of parameters": {
             f"parameter {place}": name
-            for place, (name, _) in enumerate(job.replica.model.named_parameters())
+            for place, (name, _) in enumerate(job.replica.holding.named_parameters())
         },
         "data": job.workload.feed.fingerprint,
         "evaluation data": evaluation.fingerprint if evaluation is not None else None,
-        "weights before the first step": model_digests(job.replica.model),
+        "weights before the first step": model_digests(job.replica.holding),
         "first step": job.next_step,
     }
 
@@ -192,7 +194,7 @@ def _start_message(
         "batch_size": recipe.batch_size,
         "first_step": job.next_step,
         "resumed_from_step": job.next_step if resumed else None,
-        "parameters": sum(p.numel() for p in job.replica.model.parameters()),
+        "parameters": job.replica.parameters,
         "device": str(job.groups.device),
     }
 

@@ -66,7 +66,8 @@ def train_step(job: Job, step: int, flags: Flags, times: StepTimes | None = None
 def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     batch, share = job.read(step)
     bad = getattr(batch, "bad", ())
-    flags = replace(flags, bad_examples=float(len(bad)))
+    # All ranks of a replica read the same rows: one of them counts.
+    flags = replace(flags, bad_examples=float(len(bad)) if job.groups.speaks else 0.0)
     learning_rate = job.set_learning_rate(step)
     split.book("input")
     own: list[Tensor] = []
@@ -84,7 +85,7 @@ def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     # Not before: a rank that has not used every parameter still has gradients to send, and would
     # make this collective while others wait for them.
     if not math.isfinite(loss_sum):
-        _refuse(own[0], job.groups.data, step)
+        _refuse(own[0], job.groups.world, step)
     split.hidden(job.agreement.hidden_s - hidden)
     split.book("communication_exposed")
     job.replica.rescale(count)

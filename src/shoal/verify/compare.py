@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shoal.comm import Group
+from shoal.errors import RunError
+from shoal.layout import Layout
 from shoal.train.agree_start import digest
 from shoal.verify.certificate import KINDS, TOLERANCE, Difference
 from shoal.verify.measure import errors
@@ -41,6 +44,44 @@ def share_reference(group: Group, record: Record | None) -> Record:
     return shared
 
 
+@dataclass(frozen=True)
+class Held:
+    """What one rank has of the whole: rows of the batch, parts of parameters and of their state.
+
+    ``share``: its replica's (start, stop) of the global batch; ``outputs``: whether it is one of
+    the ranks that have the model's outputs.
+    """
+
+    layout: Layout
+    share: tuple[int, int]
+    batch_examples: int
+    outputs: bool = True
+
+    def of(self, kind: str, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of the reference's tensors of one kind."""
+        if kind == "loss":
+            return whole
+        if kind == "output":
+            rows = self.share, self.batch_examples
+            return {name: rows_of(each, *rows) for name, each in whole.items() if self.outputs}
+        taken = {}
+        for name, tensor in whole.items():
+            part = self.layout.get(name.rpartition("/")[0] if kind == "optimizer" else name)
+            if part is not None:
+                cut = tensor.dim() > 0 and tuple(tensor.shape) == part.global_shape
+                taken[name] = part.take(tensor) if cut and not part.is_whole else tensor
+        return taken
+
+
+def require_all_held(group: Group, layout: Layout, reference: Record) -> None:
+    """Raise `RunError` if a tensor of the reference is on no rank. Collective."""
+    held = {name for names in group.all_gather_json(sorted(layout), "evaluation") for name in names}
+    for kind in ("parameter", "buffer"):
+        for name in reference.tensors[kind]:
+            if name not in held:
+                raise RunError(f"{kind} {name} is on no rank: the strategy has lost it")
+
+
 @dataclass
 class Comparison:
     """The errors of all steps so far, on one rank."""
@@ -62,17 +103,12 @@ class Comparison:
         step: int,
         mine: Record,
         reference: Record,
-        share: tuple[int, int],
-        batch_examples: int,
+        held: Held,
     ) -> None:
-        """Compare one step. ``share``: this rank's (start, stop) of the global batch."""
+        """Compare one step's record with what `held` says that this rank has of the reference."""
         for kind in ORDER:
             theirs = reference.tensors[kind]
-            if kind == "output":
-                theirs = {
-                    name: rows_of(tensor, share, batch_examples) for name, tensor in theirs.items()
-                }
-            found = errors(mine.tensors[kind], theirs)
+            found = errors(mine.tensors[kind], held.of(kind, theirs), whole=theirs)
             for name, error in found.items():
                 self.max_error[kind] = max(self.max_error.get(kind, 0.0), error)
                 if error > TOLERANCE and self.first is None:

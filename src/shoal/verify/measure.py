@@ -28,8 +28,11 @@ def scale_of(tensors: Iterable[Tensor]) -> float:
     return statistics.median(sizes) if sizes else 0.0
 
 
-def error(mine: Tensor, reference: Tensor, scale: float) -> float:
-    """The error of `mine` against `reference`; infinity for another shape, or for NaN in one."""
+def error(mine: Tensor, reference: Tensor, scale: float, size: float | None = None) -> float:
+    """The error of `mine` against `reference`; infinity for another shape, or for NaN in one.
+
+    ``size``: max|b| of the whole tensor, where `reference` is a part of one.
+    """
     if mine.shape != reference.shape:
         return float("inf")
     if not mine.numel():
@@ -41,15 +44,24 @@ def error(mine: Tensor, reference: Tensor, scale: float) -> float:
         return float("inf")
     if difference == 0.0:
         return 0.0
-    size = max(magnitude(reference), FLOOR * scale)
+    size = max(magnitude(reference) if size is None else size, FLOOR * scale)
     return difference / size if size else float("inf")
 
 
-def errors(mine: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-    """The error of each tensor of one kind, by name; a name that only one side has is infinity."""
-    scale = scale_of(reference.values())
+def errors(
+    mine: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """The error of each tensor of one kind, by name; a name that only one side has is infinity.
+
+    ``whole``: the tensors that `reference` has parts of, whose sizes are what errors are held
+    against.
+    """
+    whole = reference if whole is None else whole
+    scale = scale_of(whole.values())
     return {
-        name: error(mine[name], reference[name], scale)
+        name: error(mine[name], reference[name], scale, magnitude(whole[name]))
         if name in mine and name in reference
         else float("inf")
         for name in dict.fromkeys([*reference, *mine])

@@ -14,21 +14,21 @@ class Observed:
         self.job = job
         self._gradients: dict[str, torch.Tensor] = {}
         self._reference: dict[str, torch.Tensor] = {}
-        job.replica.body.capture = True
+        job.replica.capture()
         # What the optimizer gets to see: summed, clipped.
         job.optimizer.register_step_pre_hook(self._keep_gradients)
 
     def _keep_gradients(self, *_: object) -> None:
-        self._gradients = gradients_of(self.job.replica.model)
-        silence_noise(self.job.replica.model, self._reference)
+        self._gradients = gradients_of(self.job.replica.holding)
+        silence_noise(self.job.replica.holding, self._reference, self.job.replica.layout)
 
     def step(self, step: int, reference: Record) -> Record:
         """Train one step, which on one device left `reference`. Collective."""
         self._reference = reference.tensors["gradient"]
         result = train_step(self.job, step, Flags())
         record = Record(count=result.count)
-        record.tensors["output"] = outputs_by_name(self.job.replica.body.captured)
+        record.tensors["output"] = outputs_by_name(self.job.replica.captured)
         record.tensors["loss"] = {"loss": torch.tensor(result.loss, dtype=torch.float64)}
         record.tensors["gradient"] = self._gradients
-        record.tensors |= state_after(self.job.replica.model, self.job.optimizer)
+        record.tensors |= state_after(self.job.replica.holding, self.job.optimizer)
         return record

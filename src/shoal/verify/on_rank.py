@@ -9,7 +9,7 @@ import torch
 
 from shoal.comm import Group, Groups, peer_failures
 from shoal.errors import NotFinite, RunError
-from shoal.job import Execution, Workload, assemble, share_of, workload_of
+from shoal.job import Execution, Job, Workload, assemble, share_of, workload_of
 from shoal.launch import Context
 from shoal.recipe import Component, Recipe
 from shoal.strategy import Strategy
@@ -17,7 +17,14 @@ from shoal.train.agree_start import compare as compare_start
 from shoal.train.agree_start import describe_parameters
 from shoal.verify.causes import likely_cause
 from shoal.verify.certificate import KINDS, Difference
-from shoal.verify.compare import ORDER, Comparison, cause_between_ranks, share_reference
+from shoal.verify.compare import (
+    ORDER,
+    Comparison,
+    Held,
+    cause_between_ranks,
+    require_all_held,
+    share_reference,
+)
 from shoal.verify.feeds import FunctionFeed, VerifyingFeed
 from shoal.verify.observed import Observed
 from shoal.verify.record import Record
@@ -51,10 +58,16 @@ class VerifyTask:
 def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
     """Train and compare; the certificate's findings, equal on all ranks. Collective."""
     torch.set_num_threads(context.threads)
-    groups = Groups.form(context.rank, context.world_size, context.store, context.generation)
+    strategy = Strategy.parse(task.strategy)
+    groups = Groups.form(
+        context.rank,
+        context.world_size,
+        context.store,
+        context.generation,
+        axes=strategy.axes,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(peer_failures())
-        strategy = Strategy.parse(task.strategy)
         workload = _workload(task, groups.data.size)
         if groups.world.rank == 0:
             # One device, and not yet touched by whatever is planted on the ranks.
@@ -63,9 +76,9 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
         stack.enter_context(task.plant())
         job = assemble(groups, workload, Execution.of(strategy, DTYPE))
         compare_start(
-            groups.world,
+            groups.data,
             {
-                "parameter names, shapes and types": describe_parameters(job.replica.model),
+                "parameter names, shapes and types": describe_parameters(job.replica.holding),
                 "data": workload.feed.fingerprint,
             },
         )
@@ -82,7 +95,9 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
                 break
             examples = workload.feed.batch_examples(step)
             shares = share_of(examples, groups.data.size).shares
-            comparison.add(step, mine, theirs, shares[groups.data.rank], examples)
+            if step == 0:
+                require_all_held(groups.world, job.replica.layout, theirs)
+            comparison.add(step, mine, theirs, _held(job, shares, examples))
             first = _first(groups.world, comparison)
             if first is not None and cause is None:
                 cause = cause_between_ranks(groups.world, first, mine, theirs)
@@ -92,6 +107,11 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
         findings = _findings(groups.world, comparison, cause)
     groups.close()
     return findings
+
+
+def _held(job: Job, shares: tuple[tuple[int, int], ...], examples: int) -> Held:
+    share = shares[job.groups.data.rank]
+    return Held(job.replica.layout, share, examples, outputs=job.replica.captured is not None)
 
 
 def _workload(task: VerifyTask, ranks: int) -> Workload:

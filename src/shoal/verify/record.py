@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from shoal.layout import Layout
 from shoal.verify.certificate import KINDS
 from shoal.verify.measure import scale_of
 
@@ -83,7 +84,9 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 NOISE = 1e-12  # a gradient this much smaller than the others is rounding, not signal
 
 
-def silence_noise(model: nn.Module, reference: dict[str, Tensor]) -> None:
+def silence_noise(
+    model: nn.Module, reference: dict[str, Tensor], layout: Layout | None = None
+) -> None:
     """Set gradients to zero, element by element, where one device's are rounding only.
 
     The true gradient of a key's bias, or of a bias before batch norm, is zero. An optimizer that
@@ -93,4 +96,5 @@ def silence_noise(model: nn.Module, reference: dict[str, Tensor]) -> None:
     floor = NOISE * scale_of(reference.values())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and name in reference:
-            parameter.grad.masked_fill_(reference[name].abs() <= floor, 0.0)
+            small = reference[name].abs() <= floor
+            parameter.grad.masked_fill_(small if layout is None else layout[name].take(small), 0.0)

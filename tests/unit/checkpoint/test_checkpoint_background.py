@@ -22,7 +22,7 @@ from shoal.checkpoint import (
     save,
 )
 from shoal.errors import DiskFull, RunError
-from shoal.layout import Slice
+from shoal.layout import Part, Slice
 
 SAVED = SavedCheckpoint(Path("x"), 3, 0.1)
 
@@ -56,11 +56,11 @@ def test_buffers_are_kept_as_long_as_they_fit() -> None:
 
 def test_copies_are_row_major_and_keep_their_places(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    rows = Piece(torch.randn(5, 4).t(), Slice((8, 5), (4, 0), (4, 5)))
+    rows = Piece(torch.randn(5, 4).t(), Part.of(Slice((8, 5), (4, 0), (4, 5))))
     given = replace(snapshot(images=images), tensors={"i": Piece.whole(images), "r": rows})
     taken = Copies().take(given)
     assert all(piece.tensor.is_contiguous() for piece in taken.tensors.values())
-    assert taken.tensors["r"].slice == rows.slice
+    assert taken.tensors["r"].part == rows.part
     assert torch.equal(taken.tensors["r"].tensor, rows.tensor)
     assert torch.equal(taken.tensors["i"].tensor, images)
 

@@ -14,7 +14,7 @@ import torch
 
 from shoal.checkpoint import Alone, Checkpoint, Piece, Snapshot, export, files, save
 from shoal.errors import DiskFull, RunError
-from shoal.layout import Slice
+from shoal.layout import Part, Slice
 
 OnRanks = Callable[..., list[Any]]
 ROWS = 5000
@@ -23,7 +23,7 @@ ROWS = 5000
 def share(step: int, rank: int = 0, size: int = 1, rows: int = ROWS) -> Snapshot:
     start, stop = rows * rank // size, rows * (rank + 1) // size
     shape = (stop - start, 8)
-    piece = Piece(torch.full(shape, float(step)), Slice((rows, 8), (start, 0), shape))
+    piece = Piece(torch.full(shape, float(step)), Part.of(Slice((rows, 8), (start, 0), shape)))
     return Snapshot(step=step, tensors={"w": piece}, fingerprint="f", strategy="dp3", position=step)
 
 

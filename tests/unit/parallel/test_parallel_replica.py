@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.comm import Group, Pending
+from shoal.comm import Group, Groups, Pending
 from shoal.errors import NoGradient, Refused, UserCodeError
-from shoal.layout import Slice
+from shoal.layout import Part
 from shoal.learn.objectives import CrossEntropy
 from shoal.parallel import Numerics, Replica, Share, build_replica
 from shoal.sync import Alone, EveryStep, build_agreement
@@ -72,8 +72,8 @@ def test_norm_of_the_whole_gradient() -> None:
 
 def test_layout_is_whole() -> None:
     layout = replica(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))).layout
-    assert layout["1.weight"] == Slice.whole((3, 4))
-    assert layout["0.num_batches_tracked"] == Slice.whole(())
+    assert layout["1.weight"] == Part.whole((3, 4))
+    assert layout["0.num_batches_tracked"] == Part.whole(())
 
 
 def test_bf16_leaves_parameters_and_gradients_in_float32() -> None:
@@ -128,13 +128,16 @@ def test_one_rank_and_the_whole_batch_keep_torchs_own_norm() -> None:
 
 
 def test_agreements_by_the_number_of_replicas() -> None:
-    assert isinstance(build_agreement(Group(0, 1)), Alone)
-    assert isinstance(build_agreement(Group(1, 2)), EveryStep)
+    alone, pair = Group(0, 1), Group(1, 2)
+    device = torch.device("cpu")
+    assert isinstance(build_agreement(Groups.alone()), Alone)
+    assert isinstance(build_agreement(Groups(pair, pair, pair, pair, device)), EveryStep)
+    assert isinstance(build_agreement(Groups(pair, alone, alone, pair, device)), Alone)
 
 
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(Refused, match="every parameter of this model is frozen"):
-        EveryStep(Group(0, 2)).attach(replica(linear().requires_grad_(False)))
+        EveryStep(Group(0, 2), Group(0, 2)).attach(replica(linear().requires_grad_(False)))
 
 
 def test_a_rank_without_a_share_reads_the_first_example_without_weight() -> None:

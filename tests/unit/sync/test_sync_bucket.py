@@ -59,11 +59,11 @@ def test_a_parameter_that_only_another_rank_has_used_gets_its_gradient() -> None
 
 class Replica:
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.holding = model
 
 
 def test_a_gradient_that_comes_twice_is_refused() -> None:
-    model, agreement = nn.Linear(2, 2), EveryStep(Group(0, 1))
+    model, agreement = nn.Linear(2, 2), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(RunError, match="added to twice"):
@@ -71,14 +71,17 @@ def test_a_gradient_that_comes_twice_is_refused() -> None:
 
 
 def test_a_sparse_gradient_is_refused() -> None:
-    model, agreement = nn.Embedding(4, 2, sparse=True), EveryStep(Group(0, 1))
+    model, agreement = nn.Embedding(4, 2, sparse=True), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
     with pytest.raises(Refused, match="sparse"):
         model(torch.tensor([1])).sum().backward()
 
 
 def test_parameters_left_out_of_one_step_are_there_in_the_next() -> None:
-    model, agreement = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), EveryStep(Group(0, 1))
+    model, agreement = (
+        nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]),
+        EveryStep(Group(0, 1), Group(0, 1)),
+    )
     replica = Replica(model)
     agreement.attach(replica)
     for layers in (1, 2, 1):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.layout import Slice, check_cover, layout_from_json, layout_to_json
+from shoal.layout import Part, Slice, check_cover, layout_from_json, layout_to_json
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -47,7 +47,7 @@ def indices(box: Slice) -> set[tuple[int, ...]]:
 @given(boxes())
 def test_json_round_trip(box: Slice) -> None:
     assert Slice.from_json(json.loads(json.dumps(box.to_json()))) == box
-    layout = {"layer.weight": box}
+    layout = {"layer.weight": Part.of(box)}
     assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
 
 
@@ -153,4 +153,33 @@ def test_slices_of_different_tensors_do_not_mix() -> None:
     with pytest.raises(ValueError, match="is not inside"):
         Slice.whole((4,)).index_within(Slice((4,), (1,), (2,)))
     with pytest.raises(ValueError, match=r"fc: a slice needs"):
-        layout_from_json({"fc": {"offset": [0], "shape": [1]}})
+        layout_from_json({"fc": {"boxes": [{"offset": [0], "shape": [1]}], "dim": 0}})
+
+
+def test_a_part_of_several_boxes_is_taken_narrowed_and_placed() -> None:
+    import torch
+
+    whole = torch.arange(24).view(6, 4)
+    part = Part.of(Slice((6, 4), (0, 0), (1, 4)), Slice((6, 4), (3, 0), (2, 4)))
+    assert part.shape == (3, 4)
+    assert not part.is_whole
+    held = part.take(whole)
+    assert torch.equal(held, whole[[0, 3, 4]])
+    assert all(
+        torch.equal(held[index], whole[box.index_within(Slice.whole((6, 4)))])
+        for box, index in part.places()
+    )
+    assert torch.equal(part.narrow(0, 1, 3).take(whole), held[1:3])
+    assert torch.equal(part.narrow(0, 0, 2).take(whole), held[:2])
+    assert torch.equal(part.narrow(1, 1, 3).take(whole), held[:, 1:3])
+    assert part.narrow(0, 2, 2).shape == (0, 4)
+    assert Part.from_json(json.loads(json.dumps(part.to_json()))) == part
+
+
+def test_boxes_that_overlap_or_do_not_fit_are_no_part() -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        Part.of(Slice((6,), (0,), (3,)), Slice((6,), (2,), (2,)))
+    with pytest.raises(ValueError, match="side by side"):
+        Part.of(Slice((6, 4), (0, 0), (1, 4)), Slice((6, 4), (1, 0), (1, 3)))
+    with pytest.raises(ValueError, match="one box"):
+        Part(())
