@@ -42,6 +42,7 @@ class Functions:
     loss_fn: Callable[[Any, Any], Any]
     weight_fn: Callable[[Any], Any] | None
     optimizer: Component
+    normalize_over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def _of_functions(functions: Functions, steps: int) -> Workload:
         seed=0,
         total_steps=steps,
         clip_norm=learn.clip_norm_of(functions.optimizer),
+        normalize_over=functions.normalize_over,
     )
 
 
