@@ -1,6 +1,7 @@
 """Who reads which positions of a global batch.
 
 shares(50, 3) == ((0, 17), (17, 34), (34, 50))
+shares(50, 3, multiple=8) == ((0, 24), (24, 40), (40, 50))
 """
 
 import itertools
@@ -8,18 +9,21 @@ import itertools
 from shoal.parallel import Share
 
 
-def shares(examples: int, ranks: int) -> tuple[tuple[int, int], ...]:
+def shares(examples: int, ranks: int, multiple: int = 1) -> tuple[tuple[int, int], ...]:
     """Cut ``[0, examples)`` into consecutive (start, stop), sizes differing by one at most.
 
-    Fewer examples than ranks leave the last ranks with none.
+    Fewer examples than ranks leave the last ranks with none. ``multiple``: how many consecutive
+    examples stay together (statistics groups of a pipeline's microbatches); then sizes differ by
+    so many at most.
     """
-    each, more = divmod(examples, ranks)
+    together = -(-examples // multiple)
+    each, more = divmod(together, ranks)
     cuts = [0]
     for rank in range(ranks):
-        cuts.append(cuts[-1] + each + (rank < more))
+        cuts.append(min(examples, cuts[-1] + multiple * (each + (rank < more))))
     return tuple(itertools.pairwise(cuts))
 
 
-def share_of(examples: int, ranks: int) -> Share:
+def share_of(examples: int, ranks: int, multiple: int = 1) -> Share:
     """The shares of one step, as the replicas need them."""
-    return Share(examples, shares(examples, ranks))
+    return Share(examples, shares(examples, ranks, multiple))

@@ -21,7 +21,8 @@ class Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.arrived: set[int] = set()  # ids
+        self.arrived: set[int] = set()  # ids of parameters with a gradient
+        self.complete: set[int] = set()  # of those to whose gradient nothing is added any more
         self.pending: Pending | None = None
         elements = sum(parameter.numel() for parameter in parameters)
         self.flat = torch.zeros(
@@ -35,8 +36,8 @@ class Bucket:
 
     @property
     def is_full(self) -> bool:
-        """Whether every gradient is there."""
-        return len(self.arrived) == len(self.parameters)
+        """Whether every gradient is there and complete."""
+        return len(self.complete) == len(self.parameters)
 
     def fill(self) -> None:
         """Bring the gradients that are there into `flat`, and let the parameters' lie there."""
@@ -55,11 +56,12 @@ class Bucket:
 
     def settle(self) -> None:
         """Once `flat` is the sum: give gradients to parameters that only other ranks have used."""
-        if not self.is_full:
+        if len(self.arrived) < len(self.parameters):
             used = self._used.tolist()
             for parameter, view, ranks in zip(self.parameters, self._views, used, strict=True):
                 parameter.grad = view if ranks else None
         self.arrived.clear()
+        self.complete.clear()
         self.pending = None
 
 
