@@ -69,7 +69,9 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
     replica.capture()
     agreement = build_agreement(groups)
     agreement.attach(replica)
-    optimizer = case.optimizer(model)
+    # A stage may be without parameters, of which optimizers want one.
+    held = model if list(model.parameters()) else torch.nn.ParameterList([torch.zeros(0)])
+    optimizer = case.optimizer(held)
     trace: Trace = {}
     for step, (_, targets) in enumerate(case.batches):
         examples = len(tree_leaves(targets)[0])
@@ -87,7 +89,8 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), case.clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
-        note_state(trace, step, model, optimizer)
+        if held is model:
+            note_state(trace, step, model, optimizer)
     return trace
 
 

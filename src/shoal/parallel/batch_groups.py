@@ -121,11 +121,10 @@ class BatchGroups:
             call = self._calls[id(layer)]
             self._calls[id(layer)] += 1
         noted = self._pending.get((id(layer), call))
-        if noted is None:
-            self._pending[id(layer), call] = (layer, means, variances)
-        else:
-            noted[1].add_(means)
-            noted[2].add_(variances)
+        if noted is not None:
+            # Not in place: torch keeps the tensors for the backward pass.
+            means, variances = noted[1] + means, noted[2] + variances
+        self._pending[id(layer), call] = (layer, means, variances)
 
     def send(self) -> None:
         """Start to bring the statistics of groups that lie whole on one rank to all ranks.

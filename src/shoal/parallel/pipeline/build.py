@@ -22,7 +22,7 @@ from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.forms import Forms
 from shoal.parallel.pipeline.links import Links
-from shoal.parallel.pipeline.norms import batch_norms, use_group_norms
+from shoal.parallel.pipeline.norms import batch_norms, refuse_written_buffers, use_group_norms
 from shoal.parallel.pipeline.placing import tensors_of
 from shoal.parallel.pipeline.replica import Parts, StagedReplica
 from shoal.parallel.pipeline.tied import Tied
@@ -155,6 +155,8 @@ class _Builder:
         if batch_norms(traced):
             self._check_norms(training)
             use_group_norms(traced, self.model, self.batch_groups)
+        if training and self.table.microbatches > 1:
+            refuse_written_buffers(traced)
         if self.table.splits_backward and training:
             split_weights(traced, self.later)
         return traced

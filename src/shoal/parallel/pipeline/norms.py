@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from shoal.errors import Refused
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.statistics import GroupBatchNorm, use_groups
+from shoal.trace.aliases import written_by
 
 aten = torch.ops.aten
 
@@ -81,3 +82,15 @@ def _drop_counters(traced: HasGraph) -> None:
         counts = node.op == "call_function" and node.target is aten.add_.Tensor
         if counts and getattr(node.args[0], "name", None) in counters and not node.users:
             traced.graph.erase_node(node)
+
+
+def refuse_written_buffers(traced: HasGraph) -> None:
+    """Raise `Refused` if the forward pass changes a buffer: each microbatch would."""
+    for node in traced.graph.nodes:
+        for written in written_by(node) if node.op == "call_function" else ():
+            if written.name in traced.state:
+                raise Refused(
+                    f"the forward pass changes the buffer {traced.state[written.name]} (at "
+                    f"{node.meta.get('line')}), and several microbatches would change it as often",
+                    hint="Use mb:1, or a strategy without pp.",
+                )
