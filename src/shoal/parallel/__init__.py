@@ -15,7 +15,8 @@ from torch import nn
 from shoal.comm import Group
 from shoal.errors import Refused
 from shoal.parallel.pointwise import use_products
-from shoal.parallel.randomness import CountedDropout, StepKey, use_counted_dropout
+from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.randomness.compiling import counting_backend, keep_masks_uncompiled
 from shoal.parallel.recompute import use_recompute
 from shoal.parallel.replica import (
     Body,
@@ -79,16 +80,18 @@ def build_replica(
             use_products(model)
     # The user's own model may be compiled in part; then the compiler is there by now.
     if compiled or "torch._dynamo" in sys.modules:
-        # Collectives within the network, and masks whose key is a number of the step: a graph
-        # would hold the number, and be good for one step.
+        # Collectives within the network.
         keep_uncompiled(GroupBatchNorm, "normalise_across")
-        keep_uncompiled(CountedDropout, "drop")
+        keep_masks_uncompiled()
     if compiled:
         _require_compiler()
         # Not dynamic: a graph that torch has generalised after the first partial batch would serve
         # later whole ones, and a resumed run, which has not seen it, would round differently.
-        model.compile(dynamic=False)
-    return Replica(Body(model, objective, numerics), numerics, groups, key)
+        # What the compiler leaves to the interpreter has its masks by the key, from the first pass
+        # on: graphs are good for one way of running only.
+        key.intercepts = True
+        model.compile(dynamic=False, backend=counting_backend)
+    return Replica(Body(model, objective, numerics, key), numerics, groups, key)
 
 
 def _require_compiler() -> None:

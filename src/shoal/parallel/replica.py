@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from shoal.comm import Pending, is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Part
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.randomness import StepKey, counted, intercepting
 from shoal.parallel.statistics import BatchGroups
 
 _LIBRARIES = (torch.__path__[0], str(Path(__file__).parents[1]))
@@ -79,9 +79,16 @@ class Numerics:
 class Body(nn.Module):
     """Model and objective as one module that returns (Σ loss, Σ count)."""
 
-    def __init__(self, model: nn.Module, objective: Objective, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        numerics: Numerics,
+        randomness: StepKey | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self._randomness = randomness if randomness is not None else StepKey(0)
         self._objective = objective
         self._numerics = numerics
         self.captured: Any = None
@@ -91,7 +98,8 @@ class Body(nn.Module):
     def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._numerics.bf16):
-            outputs = call_model(self.model, inputs)
+            with counted(self._randomness, self.model):
+                outputs = call_model(self.model, inputs)
             total, count = call_objective(self._objective, outputs, targets)
         if self.capture:
             self.captured = each_tensor(detached if self.counts else no_rows, outputs)
@@ -167,7 +175,8 @@ class Replica:
         totals = start(torch.stack((loss_sum.detach().double(), count.detach().double())))
         self._groups.send()
         self._divisor = float(max(1, share.batch_examples))
-        (loss_sum / self._divisor).backward()
+        with intercepting(self._randomness):
+            (loss_sum / self._divisor).backward()
         self._groups.finish()
         return totals.wait()
 
@@ -184,6 +193,7 @@ class Replica:
         with (
             torch.no_grad(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16),
+            counted(self._randomness, self.model),
         ):
             return call_model(self.model, batch.inputs)
 
@@ -219,6 +229,9 @@ def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Te
 
 
 def user_error(what: str, error: Exception) -> ShoalError:
+    refused = getattr(error, "inner_exception", None)  # what torch's compiler has wrapped
+    if isinstance(refused, ShoalError):
+        return refused
     if is_peer_failure(error):
         return PeerLost(str(error).splitlines()[0])
     return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))

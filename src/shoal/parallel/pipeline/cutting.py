@@ -1,6 +1,6 @@
 """Where a traced model is cut: balanced by counted costs, or where its parameters lie already.
 
-    boundaries = choose(traced, stages=4)
+    boundaries = choose(traced, 4, traced.costs)
     cut = cut_at(traced, boundaries, blocks=("layers.0", "layers.1"))
     follow(traced_for_evaluation, cut, holders, names)       # boundaries of the same stages
 
@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import SymInt, Tensor
 from torch.fx import Node
 
 from shoal.errors import Refused
@@ -21,8 +20,7 @@ from shoal.trace import Segment, Traced
 from shoal.trace.normalise import op_name
 from shoal.trace.segments import free_values
 
-# A core multiplies at some 77 GFLOP/s and sends at some 1 GB/s (gloo over loopback), both measured.
-FLOPS_PER_BYTE = 77.0
+BYTES_PER_S = 1e9  # of gloo over loopback, measured
 
 Place = tuple[str, str, int]  # path, kind of operation, number of the call
 
@@ -36,19 +34,16 @@ class Cut:
     stage_of: dict[Place, int]
 
 
-def choose(traced: Traced, stages: int) -> tuple[int, ...]:
-    """The boundaries whose slowest stage is fastest. Raises `Refused` if there are too few."""
-    count = len(traced.ops)
-    costs = counted_costs(traced)
-    crossing = [FLOPS_PER_BYTE * each for each in crossing_bytes(traced)]
-    allowed = set(range(1, count)) - traced.forbidden - _empty_ends(traced)
-    return partition(costs, crossing, stages, allowed)
+def choose(traced: Traced, stages: int, costs: Mapping[str, float]) -> tuple[int, ...]:
+    """The boundaries whose slowest stage is fastest. Raises `Refused` if there are too few.
 
-
-def counted_costs(traced: Traced) -> list[float]:
-    """What each operation costs, in FLOPs forward and backward."""
-    known = getattr(traced, "costs", {})
-    return [float(known.get(node.name, 1.0)) for node in traced.ops]
+    ``costs``: seconds of each operation, by name, as they were before the graph was rewritten.
+    """
+    ops = traced.ops
+    # Values go one way, and their gradients the other.
+    crossing = [2 * traced.rows * each / BYTES_PER_S for each in traced.crossing()]
+    allowed = set(range(1, len(ops))) - traced.forbidden - _empty_ends(traced)
+    return partition([costs.get(node.name, 0.0) for node in ops], crossing, stages, allowed)
 
 
 def _empty_ends(traced: Traced) -> set[int]:
@@ -63,38 +58,6 @@ def _empty_ends(traced: Traced) -> set[int]:
 def _free(traced: Traced) -> set[Node]:
     fixed = {name for name, path in traced.state.items() if path in traced.parameters}
     return free_values(traced.graph, fixed)
-
-
-def crossing_bytes(traced: Traced) -> list[float]:
-    """The bytes that live across each boundary, for the traced number of rows."""
-    ops, free = traced.ops, _free(traced)
-    place = {node: index for index, node in enumerate(ops)}
-    change = [0.0] * (len(ops) + 2)
-    for node, index in place.items():
-        if node in free:
-            continue
-        last = max((place.get(user, len(ops)) for user in node.users), default=index)
-        size = _bytes(node, traced.rows)
-        change[index + 1] += size
-        change[last + 1] -= size
-    return list(itertools.accumulate(change))[: len(ops) + 1]
-
-
-def _bytes(node: Node, rows: int) -> float:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return 0.0
-    size = float(value.element_size())
-    for length in value.shape:
-        # A free number is one of rows, or some of them for each.
-        size *= _number(length, rows)
-    return size
-
-
-def _number(length: int | SymInt, rows: int) -> float:
-    if isinstance(length, int):
-        return float(length)
-    return float(length.node.hint) if length.node.hint is not None else float(rows)
 
 
 def cut_at(traced: Traced, boundaries: Sequence[int], blocks: Sequence[str] = ()) -> Cut:

@@ -94,9 +94,11 @@ class Forms:
 
     def _make(self, training: bool, inputs: Any, rows: int) -> Form:
         self.skeleton.train(training)
-        traced = self.rewrite(trace(self.skeleton, inputs, rows), training)
+        traced = trace(self.skeleton, inputs, rows)
+        costs = traced.costs  # of operations that rewriting may make unknown ones
+        traced = self.rewrite(traced, training)
         if self._first is None:
-            self.boundaries = choose(traced, self.table.stages)
+            self.boundaries = choose(traced, self.table.stages, costs)
             cut = self._first = cut_at(traced, self.boundaries, self.blocks)
             self.holders = find_holders(self.model, cut.stages)
             keep_only(self.model, self._kept())
