@@ -127,7 +127,7 @@ class Group:
         self._count("send", purpose, tensor)
         with peer_failures():
             work = dist.isend(tensor, group=self.process_group, group_dst=to)
-        return Pending(tensor, work, self.counter)
+        return Pending(tensor, work)  # gloo's sends have no future that could tell their end
 
     def receive(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
         """Fill `tensor`, contiguous, with what the group's rank `source` sends; returns it."""

@@ -80,7 +80,7 @@ class Body(nn.Module):
                 return outputs
             total, count = call_objective(self._objective, outputs, targets)
         if self.capture:
-            self.kept.append(_each(_detached if self.counts else _no_rows, outputs))
+            self.kept.append(each_tensor(detached if self.counts else no_rows, outputs))
         return (total, count) if self.counts else (total * 0.0, count * 0.0)
 
 
@@ -248,7 +248,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     except ShoalError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise _user_error("the model's forward", error) from error
+        raise user_error("the model's forward", error) from error
 
 
 def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -258,10 +258,10 @@ def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Te
     except ShoalError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise _user_error("the objective", error) from error
+        raise user_error("the objective", error) from error
 
 
-def _user_error(what: str, error: Exception) -> ShoalError:
+def user_error(what: str, error: Exception) -> ShoalError:
     refused = getattr(error, "inner_exception", None)  # what torch's compiler has wrapped
     if isinstance(refused, ShoalError):
         return refused
@@ -277,7 +277,7 @@ def _users_line(error: Exception) -> str | None:
     return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
 
 
-def _each(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+def each_tensor(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """A copy of a model's outputs with each tensor changed; dataclasses are looked into as well."""
 
     def changed(leaf: Any) -> Any:
@@ -288,15 +288,15 @@ def _each(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
         copied = copy.copy(leaf)
         for part in fields(leaf):
             # A frozen one too: the copy is nobody's yet.
-            object.__setattr__(copied, part.name, _each(function, getattr(leaf, part.name)))
+            object.__setattr__(copied, part.name, each_tensor(function, getattr(leaf, part.name)))
         return copied
 
     return tree_map(changed, outputs)
 
 
-def _detached(tensor: Tensor) -> Tensor:
+def detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _no_rows(tensor: Tensor) -> Tensor:
-    return _detached(tensor[:0] if tensor.dim() else tensor)
+def no_rows(tensor: Tensor) -> Tensor:
+    return detached(tensor[:0] if tensor.dim() else tensor)
