@@ -1,0 +1,16 @@
+"""Tensor parallelism for any traced model, by analysis of its graph.
+
+    made = plan(traced, ranks, model)                    # which dimensions of which parameters
+    cut_model(made, model, group.rank)                   # in place
+    mine = apply(made, traced, model, group)             # the graph of this rank
+
+    relation.py, rules.py, layers.py, shapes.py   what an operation does with its dimensions
+    axes.py, classes.py, choose.py                which dimensions belong together; which are cut
+    split.py, rewrite.py, nodes.py                the graph of one rank
+    vocabulary.py                                 cross-entropy of scores that are never gathered
+"""
+
+from shoal.parallel.tensor.cutting import apply, cut_model
+from shoal.parallel.tensor.plan import TensorPlan, plan
+
+__all__ = ["TensorPlan", "apply", "cut_model", "plan"]
