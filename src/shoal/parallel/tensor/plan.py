@@ -22,13 +22,18 @@ from shoal.layout import Part, Slice
 from shoal.parallel.tensor.choose import choose
 from shoal.parallel.tensor.classes import Analysis, Class, find_classes
 from shoal.parallel.tensor.rewrite import CannotCut, Cut, Rewriting
-from shoal.parallel.tensor.sizes import hint
+from shoal.parallel.tensor.sizes import hint, shape
 from shoal.parallel.tensor.split import Block, Split, even_bounds
 
 G = TypeVar("G", bound="Graphed")
 
 FEW_CLASSES = 32
 """An output with fewer classes stays whole: its weights are small beside what is gathered."""
+MOVES_MORE = "what would be moved is more than what would be saved"
+WORK = 64
+"""Multiplications for each element moved, from which on a weight is cut though what enters it is
+whole. At 77 GFLOP/s and 1 GB/s (one core, loopback) time breaks even at some 300; memory is saved
+in any case."""
 MOVED = 0.1  # how much a share of bytes moved counts beside a share of parameters
 
 
@@ -124,8 +129,9 @@ def plan(traced: Graphed, ranks: int, model: nn.Module) -> TensorPlan:
         # Each works alone but not all together: without the smallest, until it does.
         smallest = min(chosen, key=lambda key: (gains[key], -key))
         working.pop(smallest).why_not = why_not
+    cuts, alone = _with_single_weights(traced, analysis, cuts, ranks, trained)
     named = {traced.state[name]: cut for name, cut in cuts.items()}
-    reasons = _reasons(traced, trials, chosen, gains, shapes, ranks)
+    reasons = _reasons(traced, trials, chosen, gains, shapes, ranks, alone)
     nothing = () if named else ("nothing to cut: all parameters are whole on each rank",)
     return TensorPlan(ranks, named, shapes, first_names, reasons, nothing)
 
@@ -168,7 +174,9 @@ def _try(traced: Graphed, one: Class, ranks: int, trained: frozenset[str]) -> _T
     trial.cuts = {name: _cut(dim, axis, ranks) for name, (dim, axis) in one.tensors.items()}
     placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
     trial.elements = sum(
-        _numel(placeholders[name].meta["val"].shape) for name in one.tensors if name in trained
+        _numel(placeholders[name].meta["val"].shape)
+        for name in {traced.state[each]: each for each in one.tensors}.values()
+        if name in trained
     )
     copy = traced.copy()
     walk = Rewriting(copy.graph, trial.cuts, Group(0, ranks), trained, dry=True)
@@ -178,18 +186,61 @@ def _try(traced: Graphed, one: Class, ranks: int, trained: frozenset[str]) -> _T
         trial.why_not = str(error)
         return trial
     trial.macs = walk.macs
-    trial.moved = sum(_elements(each.node) for each in walk.communication)
-    trial.why_not = _not_worth(walk, trial)
+    trial.moved = sum(_elements(each) for each in walk.communication)
+    trial.why_not = _not_worth(walk, trial, set(traced.inputs))
     return trial
 
 
-def _not_worth(walk: Rewriting, trial: _Trial) -> str | None:
+def _not_worth(walk: Rewriting, trial: _Trial, inputs: set[str]) -> str | None:
     for at, cut in walk.cut_outputs.items():
         if cut.split.size < FEW_CLASSES:
             return f"only {cut.split.size} classes of output {at}"
     if not trial.macs and trial.moved >= trial.elements:
-        return "what would be moved is more than what would be saved"
+        return MOVES_MORE
+    if walk.narrowed & inputs and trial.macs < WORK * trial.moved:
+        return "too little is computed along the model's inputs"
     return None
+
+
+def _with_single_weights(
+    traced: Graphed,
+    analysis: Analysis,
+    cuts: dict[str, Cut],
+    ranks: int,
+    trained: frozenset[str],
+) -> tuple[dict[str, Cut], list[str]]:
+    """`cuts`, and weights that are left, each cut along what it sums over; names of those.
+
+    What enters such a weight stays whole: each rank takes its part of it (the third convolution of
+    a bottleneck, whose other two share a cut).
+    """
+    alone: list[str] = []
+    for node, dim in _summed_weights(analysis, trained):
+        size = shape(node.meta["val"])[dim]
+        if node.name in cuts or node.name in alone or size < ranks:
+            continue
+        cut = Cut(dim, Split(1, (Block(size, even_bounds(size, ranks, size)),)))
+        walk = Rewriting(traced.copy().graph, {node.name: cut}, Group(0, ranks), trained, dry=True)
+        try:
+            walk.run()
+        except CannotCut:
+            continue
+        moved = sum(_elements(each) for each in walk.communication)
+        with_it = {**cuts, node.name: cut}
+        enough = walk.macs >= WORK * moved and not walk.cut_outputs
+        if enough and _why_not(traced, with_it, ranks, trained) is None:
+            cuts = with_it
+            alone.append(node.name)
+    return cuts, alone
+
+
+def _summed_weights(analysis: Analysis, trained: frozenset[str]) -> Iterable[tuple[Node, int]]:
+    for relation in analysis.relations.values():
+        for operand in relation.operands if relation.macs else ():
+            if operand.node.name in trained and len(operand.terms) > 1:
+                for dim, term in enumerate(operand.terms):
+                    if len(term.labels) == 1 and term.labels[0] in relation.sums:
+                        yield operand.node, dim
 
 
 def _why_not(
@@ -227,14 +278,19 @@ def _reasons(
     gains: dict[int, float],
     shapes: Mapping[str, tuple[int, ...]],
     ranks: int,
+    alone: list[str],
 ) -> tuple[str, ...]:
     """A line for each class that is cut, then why the others of what is whole are not."""
     lines, told = [], set()
     for trial in trials:
         if trial.one.number in chosen:
-            names = [traced.state[name] for name in trial.one.tensors]
+            names = list(dict.fromkeys(traced.state[name] for name in trial.one.tensors))
             told.update(names)
             lines.append(f"{', '.join(names)}: {_described(trial, ranks)}")
+    if alone:
+        names = [traced.state[name] for name in alone]
+        told.update(names)
+        lines.append(f"{', '.join(names)}: cut along what is summed over; what enters is whole")
     whole: dict[str, list[str]] = {}
     for trial in trials:
         for name in trial.one.tensors:
@@ -265,7 +321,7 @@ def _why(
     if trial.why_not is not None:
         return trial.why_not
     if gains.get(trial.one.number, 0.0) <= 0:
-        return "what would be moved is more than what would be saved"
+        return MOVES_MORE
     others = [each for each in trials if each.one.number in trial.one.conflicts & chosen]
     names = [name for each in others for name in each.one.tensors]
     return f"beside {len(names)} tensors that are cut along another dimension"

@@ -40,18 +40,6 @@ class Cut:
 
 
 @dataclass
-class Communication:
-    """A collective that the rewriting put into the graph: per call, in elements at the traced rows.
-
-    ``backward``: it runs in the backward pass.
-    """
-
-    node: Node
-    kind: str
-    backward: bool
-
-
-@dataclass
 class Rewriting:
     """One walk over `graph`, which it changes. `group` says which rank this is."""
 
@@ -62,9 +50,10 @@ class Rewriting:
     keep_outputs: bool = True
     dry: bool = False
     state: dict[Node, list[Cut | None]] = field(default_factory=dict)
-    communication: list[Communication] = field(default_factory=list)
+    communication: list[Node] = field(default_factory=list)
     cut_outputs: dict[int, Cut] = field(default_factory=dict)
     macs: int = 0
+    narrowed: set[str] = field(default_factory=set)
     _whole: dict[Node, Any] = field(default_factory=dict)
     _needs: set[Node] = field(default_factory=set)
     _entered: dict[Node, Node] = field(default_factory=dict)
@@ -100,6 +89,11 @@ class Rewriting:
         cut = self.cuts.get(node.name)
         if cut is not None:
             self._mark(node, [cut])
+
+    def _collective(self, node: Node, kind: str, *, backward: bool) -> None:
+        """``meta["collective"] = (kind, whether it runs in the backward pass)``."""
+        node.meta["collective"] = (kind, backward)
+        self.communication.append(node)
 
     def _mark(self, node: Node, cuts: list[Cut | None]) -> None:
         """Note how a node's results are cut, and give it local fake values."""
@@ -170,7 +164,7 @@ class Rewriting:
             nodes.inherit(made, before, self.value(value))
             self._needs.add(made)
             self._entered[value] = made
-            self.communication.append(Communication(made, "all_reduce", backward=True))
+            self._collective(made, "all_reduce", backward=True)
         return self._entered[value]
 
     def part(self, value: Node, cut: Cut, before: Node) -> Node:
@@ -185,6 +179,8 @@ class Rewriting:
             nodes.inherit(made, before, mine)
             if value in self._needs:
                 self._needs.add(made)
+            if value.op == "placeholder":
+                self.narrowed.add(value.name)
             self._parts[key] = made
         return self._parts[key]
 
@@ -195,7 +191,7 @@ class Rewriting:
         nodes.inherit(made, path_of, value.meta["val"])
         if value in self._needs:
             self._needs.add(made)
-        self.communication.append(Communication(made, "all_reduce", backward=False))
+        self._collective(made, "all_reduce", backward=False)
         return made
 
     def _outputs(self, node: Node) -> None:
@@ -213,8 +209,9 @@ class Rewriting:
             with self.graph.inserting_before(node):
                 made = nodes.collective(self.graph, "gather", value, self.group, cut.dim, lengths)
             nodes.inherit(made, value, self.value(value))
+            made.meta["longest"] = (cut.dim, max(lengths))
             results[at] = made
-            self.communication.append(Communication(made, "all_gather", backward=False))
+            self._collective(made, "all_gather", backward=False)
         node.args = (tuple(results),)
 
 

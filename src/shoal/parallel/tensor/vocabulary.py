@@ -267,6 +267,7 @@ def _cross_entropy(func: Any, scores: CutScores, rest: Any, given: dict[str, Any
     labels = target.masked_fill(ignored, -1).reshape(-1)
     if rows.shape[0] != labels.shape[0]:
         return NotImplemented  # torch says what is wrong
+    _check(target, ignored, scores.range)
     smoothing = float(asked.get("label_smoothing", 0.0))
     losses = CrossEntropyRows.apply(rows, labels, smoothing, scores.range)  # type: ignore[no-untyped-call]
     return _reduced(losses, ignored, target, asked.get("reduction", "mean"))
@@ -284,8 +285,16 @@ def _nll(func: Any, scores: CutScores, rest: Any, given: dict[str, Any]) -> Any:
     labels = target.masked_fill(ignored, -1).reshape(-1)
     if rows.shape[0] != labels.shape[0]:
         return NotImplemented
+    _check(target, ignored, scores.range)
     losses = -_picked(rows, labels, scores.range)
     return _reduced(losses, ignored, target, asked.get("reduction", "mean"))
+
+
+def _check(target: Tensor, ignored: Tensor, mine: Range) -> None:
+    """As torch does on the CPU: IndexError for a label that is no class."""
+    wrong = ((target < 0) | (target >= mine.classes)) & ~ignored
+    if target.device.type == "cpu" and bool(wrong.any()):
+        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
 
 
 def _picked(rows: Tensor, labels: Tensor, mine: Range) -> Tensor:
