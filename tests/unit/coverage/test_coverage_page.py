@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import cells
 import page
 import plan
 from cells import Outcome
@@ -94,3 +95,9 @@ def test_importing_shoal_and_the_zoo_does_not_import_transformers():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "False"
+
+
+def test_without_transformers_its_rows_are_absent_not_wrong(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    outcome = cells.run_cell(cells.LastingRanks(2), SUBJECTS["hf-gpt2"], "dp2")
+    assert (outcome.verdict, outcome.good) == ("absent", True)
