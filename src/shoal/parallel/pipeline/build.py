@@ -7,7 +7,6 @@ The order: trace → tensor parallelism → randomness → batch norm → split 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from shoal.comm import Groups
 from shoal.errors import Refused
 from shoal.layout import Part
-from shoal.parallel import randomness
+from shoal.parallel import tensor
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.forms import Forms
@@ -27,9 +26,10 @@ from shoal.parallel.pipeline.placing import tensors_of
 from shoal.parallel.pipeline.replica import Parts, StagedReplica
 from shoal.parallel.pipeline.tied import Tied
 from shoal.parallel.pipeline.weights import Later, split_weights
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
+from shoal.parallel.zero import shard
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -63,6 +63,8 @@ def build_staged_replica(
     seed: int,
     normalize_over: int | None = None,
     recompute: bool = False,
+    zero: int = 0,
+    offload: bool = False,
 ) -> StagedReplica:
     """Cut `model`, whole on each rank and in training mode, over ``groups.pipeline``.
 
@@ -93,6 +95,8 @@ def build_staged_replica(
             builder.tied(),
             Completion(builder.parameters_by_stage()),
             builder.cut,
+            shard(zero, model, model, groups, offload=offload),
+            builder.about,
             builder.has_norms,
             sum(parameter.numel() for parameter in parameters),
         )
@@ -129,8 +133,11 @@ class _Builder:
         self.model, self.groups, self.table = model, groups, table
         self.batch_groups = batch_groups
         self.key = StepKey(seed)
+        self.key.know(model)
         self.later = Later()
         self.cut: dict[str, Part] = {}
+        self.plan: tensor.TensorPlan | None = None
+        self.about: tuple[str, ...] = ()
         self.has_norms = False
 
     def make_forms(self, example: tuple[Any, int], recompute: bool) -> None:
@@ -149,9 +156,8 @@ class _Builder:
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
         """Everything that is done to a trace before it is cut."""
-        use_counted: Callable[..., Any] | None = getattr(randomness, "use_counted_randomness", None)
-        if use_counted is not None:
-            use_counted(traced, self.key)
+        traced = self._cut_layers(traced)
+        use_counted_randomness(traced, self.key)
         if batch_norms(traced):
             self._check_norms(training)
             use_group_norms(traced, self.model, self.batch_groups)
@@ -160,6 +166,21 @@ class _Builder:
         if self.table.splits_backward and training:
             split_weights(traced, self.later)
         return traced
+
+    def _cut_layers(self, traced: Traced) -> Traced:
+        """Tensor parallelism: the first trace decides what is cut."""
+        group = self.groups.tensor
+        if group.size == 1:
+            return traced
+        if self.plan is None:
+            self.plan = tensor.plan(traced, group.size, self.forms.skeleton)
+            tensor.cut_model(self.plan, self.model, group.rank)
+            parts = self.plan.layout(group.rank)
+            for name, first in self.forms.names.items():
+                if first in self.plan.cuts:
+                    self.cut[name] = parts[first]
+            self.about += (*self.plan.reasons, *self.plan.warnings)
+        return tensor.apply(self.plan, traced, self.forms.skeleton, group)
 
     def _check_norms(self, training: bool) -> None:
         self.has_norms = True

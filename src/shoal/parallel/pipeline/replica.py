@@ -39,6 +39,8 @@ from shoal.parallel.replica import (
     each_tensor,
     user_error,
 )
+from shoal.parallel.tensor.vocabulary import gather_outputs, wrap
+from shoal.parallel.zero import States
 from shoal.schedule import Action, Table
 
 Values = dict[str, Tensor]
@@ -61,6 +63,8 @@ class Parts:
     tied: Tied
     completion: Completion
     cut: dict[str, Part]  # of the tensors that tensor parallelism has cut
+    states: States
+    about: tuple[str, ...]  # what is cut and why, in words
     has_norms: bool
     parameters: int
 
@@ -112,14 +116,30 @@ class StagedReplica:
     @property
     def holding(self) -> nn.Module:
         """The user's module with the tensors that this rank keeps and updates, by their names."""
-        return self.model
+        return self._parts.states.holding
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether gradients are those of the whole batch already when the backward pass ends."""
+        return self._parts.states.in_step
+
+    @property
+    def unit(self) -> int:
+        """What shares of a batch are multiples of: with microbatches, a statistics group."""
+        several = self._parts.has_norms and self.table.microbatches > 1
+        return (self._parts.batch_groups.normalize_over or 1) if several else 1
+
+    def describe(self) -> tuple[str, ...]:
+        """What is cut, and why, a line each."""
+        return self._parts.about
 
     @property
     def layout(self) -> dict[str, Part]:
         """Which part of each tensor this rank holds; those of other stages are not there."""
         state = self.model.state_dict(keep_vars=True)
         whole = {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
-        return whole | {name: part for name, part in self._parts.cut.items() if name in whole}
+        held = whole | {name: part for name, part in self._parts.cut.items() if name in whole}
+        return self._parts.states.layout(held)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -194,7 +214,8 @@ class StagedReplica:
         """The loss of a microbatch ÷ the global batch's examples; its sums are noted."""
         rows, piece = len(run.batch.rows), run.pieces[microbatch]
         targets = each_tensor(lambda leaf: _some(leaf, piece, rows), run.batch.targets)
-        whole = run.forms[microbatch].traced.rebuild(outputs)
+        traced = run.forms[microbatch].traced
+        whole = traced.rebuild(wrap(outputs, traced, self._parts.groups.tensor))
         total, count = call_objective(self._parts.objective, whole, targets)
         if not run.counts:
             total, count = total * 0.0, count * 0.0
@@ -203,7 +224,8 @@ class StagedReplica:
         if self._parts.groups.tensor.rank == 0:
             run.sums += torch.stack((total.detach().double(), count.detach().double())).cpu()
         if self._captures:
-            run.outputs[microbatch] = [tensor.detach().clone() for tensor in outputs]
+            seen = gather_outputs(outputs, traced, self._parts.groups.tensor)
+            run.outputs[microbatch] = [tensor.detach().clone() for tensor in seen]
         return total / run.divisor
 
     def _backward(self, run: _Run, stage: int, microbatch: int) -> None:
@@ -231,10 +253,12 @@ class StagedReplica:
         Before that, gradients of tied parameters are summed over the stages. Collective.
         """
         self._parts.tied.sum_gradients()
-        if count not in (0.0, self._divisor):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, self._divisor / count)
+        self._parts.states.finish()
+        self._parts.states.take_gradients(self._divisor / count if count else 1.0)
+
+    def updated(self) -> None:
+        """After the optimizer's update, once its gradients are forgotten. Collective."""
+        self._parts.states.spread()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient, a 0-d tensor. Collective over the replica.
@@ -280,7 +304,8 @@ class StagedReplica:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16):
             live = _call(chunk, values)
         if stage == self.table.stages - 1:
-            run.outputs[microbatch] = [live[name] for name in chunk.outputs]
+            outputs, traced = [live[name] for name in chunk.outputs], run.forms[microbatch].traced
+            run.outputs[microbatch] = gather_outputs(outputs, traced, self._parts.groups.tensor)
         else:
             links.send(Message("F", stage, microbatch), [live[name] for name in chunk.gives])
 

@@ -1,11 +1,11 @@
 """Classes of dimensions that must be cut together, found in a graph.
 
-    1  every dimension of every value gets an axis; the rules of the operations unify them
-    2  products (reshapes) are settled: which factor carries the cut. One that is vetoed cannot;
-       of several the outermost does (heads before the width of a head)
-    3  atoms that lie in one row share a fate; a fate is a class
+1  every dimension of every value gets an axis; the rules of the operations unify them
+2  products (reshapes) are settled: which factor carries the cut. One that is vetoed cannot;
+   of several the outermost does (heads before the width of a head)
+3  atoms that lie in one row share a fate; a fate is a class
 
-    found = find_classes(graph, state)         # {class: {parameter: (dim, row of atoms)}}
+found = find_classes(graph, state)         # {class: {parameter: (dim, row of atoms)}}
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 
 from shoal.parallel.tensor.axes import Atom, Axis, unify
 from shoal.parallel.tensor.calls import overload_name
-from shoal.parallel.tensor.relation import Relation, Term
 from shoal.parallel.tensor.relate import relate
+from shoal.parallel.tensor.relation import Relation, Term
 from shoal.parallel.tensor.sizes import is_symbolic, shape
 
 Axes = list[Axis]
@@ -193,7 +193,9 @@ class Analysis:
             for part in product.parts:
                 part.forbid(why)
         elif not candidates:
-            product.whole.forbid(next(filter(None, (p.veto for p in product.parts)), "its size is 1"))
+            product.whole.forbid(
+                next(filter(None, (p.veto for p in product.parts)), "its size is 1")
+            )
         elif len(candidates) == 1:
             self._decide(product, candidates[0])
             return True
@@ -218,9 +220,7 @@ class Analysis:
 
 
 def _candidates(product: Product) -> list[int]:
-    return [
-        at for at, part in enumerate(product.parts) if part.size > 1 and part.veto is None
-    ]
+    return [at for at, part in enumerate(product.parts) if part.size > 1 and part.veto is None]
 
 
 def _row(parts: list[Axis]) -> Axis:

@@ -315,9 +315,7 @@ def _described(trial: _Trial, ranks: int) -> str:
     return f"cut along {cut.split.size}{by}, {shares}"
 
 
-def _why(
-    trial: _Trial, gains: dict[int, float], trials: list[_Trial], chosen: set[int]
-) -> str:
+def _why(trial: _Trial, gains: dict[int, float], trials: list[_Trial], chosen: set[int]) -> str:
     if trial.why_not is not None:
         return trial.why_not
     if gains.get(trial.one.number, 0.0) <= 0:
@@ -336,5 +334,3 @@ def _numel(size: Iterable[Any]) -> int:
 
 def _elements(node: Node) -> int:
     return _numel(node.meta["val"].shape)
-
-

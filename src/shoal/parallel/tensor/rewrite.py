@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 from shoal.comm import Group
 from shoal.parallel.tensor import nodes
 from shoal.parallel.tensor.calls import Call, overload_name
-from shoal.parallel.tensor.relation import Local, Operand, Relation, Term
 from shoal.parallel.tensor.relate import relate
+from shoal.parallel.tensor.relation import Local, Operand, Relation, Term
 from shoal.parallel.tensor.sizes import hint, is_symbolic, size
 from shoal.parallel.tensor.split import Split, in_product, in_row, of_product, of_row
 

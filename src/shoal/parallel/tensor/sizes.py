@@ -1,10 +1,10 @@
 """Sizes as plain integers: a symbolic number of rows is stood for by a large prime.
 
-    size(8)      8
-    size(s0)     1000003
-    size(4·s0)   4000012           so factors are found by division, and none is found by accident
+size(8)      8
+size(s0)     1000003
+size(4·s0)   4000012           so factors are found by division, and none is found by accident
 
-    factors([b, 512], [b, 8, 64])        # [b, 8, 64]
+factors([b, 512], [b, 8, 64])        # [b, 8, 64]
 """
 
 import itertools

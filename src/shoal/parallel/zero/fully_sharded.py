@@ -265,7 +265,7 @@ def _no_views(_block: nn.Module, _inputs: Any, outputs: Any) -> Any:
 
 
 def _parameter_groups(block: Any) -> list[Any]:
-    """torch's own groups of the parameters of one unit; private, and named otherwise before 2.12."""
+    """torch's groups of the parameters of one unit; private, and of another name before 2.12."""
     state = block._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
