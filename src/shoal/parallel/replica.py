@@ -117,6 +117,11 @@ class Replica:
         return self.states.holding
 
     @property
+    def judges(self) -> bool:
+        """Whether this rank is the one of its replica that has outputs for metrics."""
+        return True
+
+    @property
     def sums_gradients(self) -> bool:
         """Whether gradients are those of the whole batch already when the backward pass ends."""
         return self.states.in_step

@@ -119,6 +119,15 @@ class StagedReplica:
         return self._parts.states.holding
 
     @property
+    def judges(self) -> bool:
+        """Whether this rank is the one of its replica that has outputs for metrics."""
+        return self._parts.groups.tensor.rank == 0 and self._has_last_stage
+
+    @property
+    def _has_last_stage(self) -> bool:
+        return self.table.rank_of(self.table.stages - 1) == self._parts.groups.pipeline.rank
+
+    @property
     def sums_gradients(self) -> bool:
         """Whether gradients are those of the whole batch already when the backward pass ends."""
         return self._parts.states.in_step
