@@ -23,6 +23,7 @@ from onedevice import (
     note,
     note_state,
     of_kind,
+    trace_job,
     train_plainly,
 )
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,13 @@ Axes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class How:
-    """The schedule; the fields are `Staging`'s."""
+    """`Staging`'s fields, and what else is special about a comparison."""
 
     method: str = "1f1b"
     microbatches: int = 1
     chunks: int | None = None
     recompute: bool = False
+    random: bool = False
 
 
 def rows_of(case: Case, step: int, start: int, stop: int) -> Rows:
@@ -111,8 +113,15 @@ def staged(pool: Any, axes: Axes, case: Case, how: How, folder: Path) -> list[Tr
 def compare_staged(
     pool: Any, axes: Axes, case: Case, folder: Path, how: How | None = None
 ) -> dict[str, float]:
-    """The largest error of each kind; every tensor of one device's must be on some rank."""
-    return errors_of(train_plainly(case), staged(pool, axes, case, how or How(), folder))
+    """The largest error of each kind; every tensor of one device's must be on some rank.
+
+    One device is plain torch; of a case with random choices, Shoal on one device.
+    """
+    from shoal.comm import Groups
+
+    how = how or How()
+    expected = trace_job(Groups.alone(), case) if how.random else train_plainly(case)
+    return errors_of(expected, staged(pool, axes, case, how, folder))
 
 
 def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:

@@ -7,7 +7,6 @@ The order: trace → tensor parallelism → randomness → batch norm → split 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from shoal.comm import Groups
 from shoal.errors import Refused
 from shoal.layout import Part
-from shoal.parallel import randomness
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.forms import Forms
@@ -27,7 +25,7 @@ from shoal.parallel.pipeline.placing import tensors_of
 from shoal.parallel.pipeline.replica import Parts, StagedReplica
 from shoal.parallel.pipeline.tied import Tied
 from shoal.parallel.pipeline.weights import Later, split_weights
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
 from shoal.schedule import Table, make
@@ -129,6 +127,7 @@ class _Builder:
         self.model, self.groups, self.table = model, groups, table
         self.batch_groups = batch_groups
         self.key = StepKey(seed)
+        self.key.know(model)
         self.later = Later()
         self.cut: dict[str, Part] = {}
         self.has_norms = False
@@ -149,9 +148,7 @@ class _Builder:
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
         """Everything that is done to a trace before it is cut."""
-        use_counted: Callable[..., Any] | None = getattr(randomness, "use_counted_randomness", None)
-        if use_counted is not None:
-            use_counted(traced, self.key)
+        use_counted_randomness(traced, self.key)
         if batch_norms(traced):
             self._check_norms(training)
             use_group_norms(traced, self.model, self.batch_groups)
