@@ -23,13 +23,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
-from zoo import Subject
-
 from shoal.errors import NoGradient, ShoalError, StrategyError, UsageError
 from shoal.launch import Context, Ranks
 from shoal.recipe.component import read
 from shoal.strategy import Strategy
 from shoal.verify.on_rank import Functions, VerifyTask, verify_on_rank
+from zoo import Subject
 
 Verdict = Literal["equal", "refused", "wrong", "broken", "hung", "absent"]
 GOOD: tuple[Verdict, ...] = ("equal", "refused", "absent")

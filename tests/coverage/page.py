@@ -8,11 +8,10 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 
+import shoal
 from cells import Outcome
 from plan import Cell
 from zoo import SUBJECTS
-
-import shoal
 
 MARKS = {"equal": "=", "wrong": "**✗**", "broken": "**✗**", "hung": "**✗**", "absent": "?"}
 
@@ -21,12 +20,13 @@ HEAD = """\
 
 Written by `make coverage-table` on {date}: {versions}.
 
-Each cell is a verification in float64 ([what is compared](verify.md)) over three steps, with batches
-that do not divide evenly: **=** equal to one device (every output, loss, gradient, buffer, weight and
-optimizer state within 1e-10), a number where it is refused, with the reason below. {count}
+Each cell is a verification in float64 ([what is compared](verify.md)) over three steps, with
+batches that do not divide evenly: **=** equal to one device (every output, loss, gradient, buffer,
+weight and optimizer state within 1e-10), a number where it is refused, with the reason below.
+{count}
 
-The models are tiny and their weights random. They are in `tests/zoo`, plain modules that know nothing
-of Shoal.
+The models are tiny and their weights random. They are in `tests/zoo`, plain modules that know
+nothing of Shoal.
 """
 
 
@@ -35,7 +35,7 @@ def page(outcomes: Mapping[Cell, Outcome]) -> str:
     models = list(dict.fromkeys(model for model, _ in outcomes))
     strategies = list(dict.fromkeys(strategy for _, strategy in outcomes))
     numbers = _numbered(outcomes)
-    parts = [HEAD.format(date=_today(), versions=_versions(), count=_count(outcomes))]
+    parts = [HEAD.format(date=today(), versions=_versions(), count=_count(outcomes))]
     for family in dict.fromkeys(SUBJECTS[model].family for model in models):
         rows = [model for model in models if SUBJECTS[model].family == family]
         parts.append(f"## {family.capitalize()}\n")
@@ -45,7 +45,7 @@ def page(outcomes: Mapping[Cell, Outcome]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _today() -> str:
+def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
@@ -70,8 +70,17 @@ def _count(outcomes: Mapping[Cell, Outcome]) -> str:
 
 def _numbered(outcomes: Mapping[Cell, Outcome]) -> dict[str, int]:
     """A number for each reason of a refusal, in the order of the table."""
-    reasons = (outcome.reason for outcome in outcomes.values() if outcome.verdict == "refused")
+    reasons = (
+        _reason(strategy, outcome)
+        for (_, strategy), outcome in outcomes.items()
+        if outcome.verdict == "refused"
+    )
     return {reason: number for number, reason in enumerate(dict.fromkeys(reasons), start=1)}
+
+
+def _reason(strategy: str, outcome: Outcome) -> str:
+    """A refusal without the strategy's name in front: many share the rest."""
+    return outcome.reason.removeprefix(f"strategy {strategy}: ")
 
 
 def _table(
@@ -86,7 +95,7 @@ def _table(
     ]
     for model in models:
         row = [outcomes.get((model, strategy)) for strategy in strategies]
-        marks = [_mark(outcome, numbers) for outcome in row]
+        marks = [_mark(*cell, numbers) for cell in zip(strategies, row, strict=True)]
         errors = [each.error for each in row if each is not None and each.verdict == "equal"]
         worst = max((error for error in errors if error is not None), default=None)
         shown = "" if worst is None else f"{worst:.0e}"
@@ -94,10 +103,10 @@ def _table(
     return "\n".join(lines) + "\n"
 
 
-def _mark(outcome: Outcome | None, numbers: Mapping[str, int]) -> str:
+def _mark(strategy: str, outcome: Outcome | None, numbers: Mapping[str, int]) -> str:
     if outcome is None:
         return ""
-    return MARKS.get(outcome.verdict) or str(numbers[outcome.reason])
+    return MARKS.get(outcome.verdict) or str(numbers[_reason(strategy, outcome)])
 
 
 def _wrong(outcomes: Mapping[Cell, Outcome]) -> str:
@@ -115,7 +124,11 @@ def _reasons(outcomes: Mapping[Cell, Outcome], numbers: Mapping[str, int]) -> st
         return ""
     lines = ["## Why refused\n"]
     for reason, number in numbers.items():
-        where = [cell for cell, each in outcomes.items() if each.reason == reason]
+        where = [
+            cell
+            for cell, each in outcomes.items()
+            if each.verdict == "refused" and _reason(cell[1], each) == reason
+        ]
         lines.append(f"{number}. {_one_line(reason)} ({_where(where)})")
     return "\n".join([*lines, ""])
 
@@ -131,7 +144,7 @@ def _where(cells: list[Cell]) -> str:
 
 def _one_line(text: str) -> str:
     """Text that Markdown leaves as it is."""
-    joined = " ".join(text.split())
+    joined = ". ".join(line.strip().removesuffix(".") for line in text.splitlines() if line)
     for character in "\\`*_<>|":
         joined = joined.replace(character, "\\" + character)
     return joined

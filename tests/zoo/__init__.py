@@ -6,12 +6,12 @@
 No module of the zoo knows of Shoal, but for the ResNets, which are Shoal's own plain modules.
 """
 
-from zoo import awkward, hugging_face, images, perceptrons, sequences
+from zoo import awkward, hugging_face, images, others, perceptrons, sequences
 from zoo.subject import Subject
 
 SUBJECTS: dict[str, Subject] = {
     subject.name: subject
-    for family in (images, sequences, perceptrons, hugging_face, awkward)
+    for family in (images, sequences, perceptrons, others, hugging_face, awkward)
     for subject in family.SUBJECTS
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
 from zoo.perceptrons import mlp
 from zoo.subject import ADAMW, SGD, Subject, cross_entropy, generator, rows_of, values
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.subject import (
     ADAMW,
     CLIPPED,
@@ -73,6 +74,14 @@ T5 = {"d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3, "vo
       "dropout_rate": 0.0, "relative_attention_num_buckets": 8}  # fmt: skip
 MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2,
            "experts_implementation": "batched_mm"}  # fmt: skip
+
+QWEN = {**LLAMA, "tie_word_embeddings": True}
+BART = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 3,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 20, "decoder_ffn_dim": 22,
+        "vocab_size": 31, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}  # fmt: skip
+SWIN = {"image_size": 16, "patch_size": 2, "num_channels": 2, "embed_dim": 6, "depths": [2, 2],
+        "num_heads": [2, 3], "window_size": 2, "num_labels": 5, "drop_path_rate": 0.0}  # fmt: skip
 
 TOKENS = ("input_ids",)
 MASKED = ("input_ids", "attention_mask")
@@ -153,5 +162,24 @@ SUBJECTS = [
     decoder(
         "hf-mixtral", made("MixtralForCausalLM", "MixtralConfig", MIXTRAL, TOKENS, **NO_CACHE),
         "mixture of experts, batched",
+    ),
+    decoder(
+        "hf-qwen3", made("Qwen3ForCausalLM", "Qwen3Config", QWEN, TOKENS, **NO_CACHE),
+        "tied, norms of queries and keys", CLIPPED,
+    ),
+    Subject(
+        "hf-bart",
+        made(
+            "BartForConditionalGeneration", "BartConfig", BART,
+            ("input_ids", "attention_mask", "decoder_input_ids"), **NO_CACHE,
+        ),
+        translated, token_loss, "tied three times, a bias that is a buffer, other head counts",
+        ADAMW, family="transformers",
+        waits_for="functional dropout as a function of the seed",
+    ),
+    Subject(
+        "hf-swin", made("SwinForImageClassification", "SwinConfig", SWIN, ("pixel_values",)),
+        values(2, 16, 16, classes=5, rows=(5, 7, 2)), cross_entropy,
+        "windows of attention, patches merged", family="transformers",
     ),
 ]  # fmt: skip

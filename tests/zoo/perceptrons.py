@@ -3,16 +3,19 @@
 mlp(13, 7, 11, 5)(torch.randn(4, 13))         # [4, 5]
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+
 from zoo.subject import ADAMW, CLIPPED, Subject, cross_entropy, generator, rows_of, squared, values
 
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -124,9 +127,9 @@ class Experts(nn.Module):
 ROWS = (11, 10, 4)
 
 
-def numbers(name, model_fn, note, optimizer=ADAMW, loss=cross_entropy, **others):
+def numbers(name, model_fn, note, optimizer=ADAMW, loss=cross_entropy, rows=ROWS, **others):
     return Subject(
-        name, model_fn, values(13, classes=5, rows=ROWS), loss, note, optimizer,
+        name, model_fn, values(13, classes=5, rows=rows), loss, note, optimizer,
         family="perceptrons", **others,
     )  # fmt: skip
 
@@ -136,7 +139,8 @@ SUBJECTS = [
     numbers("mlp-deep", lambda: mlp(13, 16, 10, 16, 10, 16, 5), "six layers", loss=squared),
     numbers("mlp-wide-prime", lambda: mlp(13, 31, 29, 5), "two prime widths",
             {"name": "adam", "lr": 0.01}),
-    numbers("normed", Normed, "batch norm over five, layer norm, weight norm", normalize_over=5),
+    numbers("normed", Normed, "batch norm over five, layer norm, weight norm",
+            rows=(12, 10, 4), normalize_over=5),
     numbers("experts", Experts, "a mixture of experts, every one computed"),
     Subject("recommender", Recommender, visits, binary,
             "inputs in a dict, embedding bag, one score", ADAMW, family="perceptrons"),

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from zoo.subject import (
     ADAMW,
     CLIPPED,

@@ -30,6 +30,9 @@ from shoal.errors import WorldError
 
 TIMEOUT_S = 600.0
 Transport = Literal["auto", "shared_memory", "gloo"]
+# torch 2.13 has given them other names.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,24 @@ class Group:
             dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=self.process_group)
         return result
 
+    def all_gather_into(self, result: Tensor, tensor: Tensor, purpose: Purpose) -> None:
+        """Fill `result`, contiguous, with every rank's `tensor`, one after another."""
+        if self.process_group is None:
+            result.view(-1).copy_(tensor.reshape(-1))
+            return
+        self._count("all_gather", purpose, tensor)
+        with self._waiting(purpose):
+            _GATHER(result, tensor, group=self.process_group)
+
+    def reduce_scatter(self, result: Tensor, tensor: Tensor, purpose: Purpose) -> None:
+        """Fill `result` with the sum over the ranks of this rank's equal piece of `tensor`."""
+        if self.process_group is None:
+            result.view(-1).copy_(tensor.reshape(-1))
+            return
+        self._count("reduce_scatter", purpose, tensor)
+        with self._waiting(purpose):
+            _SCATTER(result, tensor, group=self.process_group)
+
     def send_later(self, tensor: Tensor, to: int, purpose: Purpose) -> Pending:
         """Start sending `tensor`, dense and contiguous, to the group's rank `to`.
 
@@ -145,7 +166,9 @@ class Groups:
     ``data`` are the ranks that hold the same part of the model in each replica, ``statistics`` the
     same ranks over connections of their own (batch statistics must not queue behind a gradient
     bucket in flight). ``tensor`` are those that share this rank's layers, ``pipeline`` its
-    neighbours in the other stages, ``model`` both: one replica. ``checkpoint`` are all ranks over
+    neighbours in the other stages, ``model`` both: one replica. ``shard`` are the ranks of ``data``
+    that keep one part of the model in pieces between them (ZeRO), ``copies`` those that hold the
+    same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks over
     connections for the thread that saves while the others are in use: host memory only.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.
@@ -159,6 +182,8 @@ class Groups:
     tensor: Group = field(default_factory=lambda: Group(0, 1))
     pipeline: Group = field(default_factory=lambda: Group(0, 1))
     model: Group = field(default_factory=lambda: Group(0, 1))
+    shard: Group = field(default_factory=lambda: Group(0, 1))
+    copies: Group = field(default_factory=lambda: Group(0, 1))
     transport: str = "none"
     reason: str | None = None
 
@@ -183,12 +208,15 @@ class Groups:
         device: torch.device | None = None,
         *,
         axes: Axes = (),
+        shards: int | None = None,
         transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> "Groups":
         """Meet the other ranks at `store` (``file:PATH``, ``tcp:HOST:PORT``, ``agent:HOST:PORT``).
 
         ``axes``: a strategy's (name, degree), outermost first; without any all are replicas.
+        ``shards``: how many ranks of the data axis, next to one another, are a shard group; None
+        for all of them.
         ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
         CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
         shared memory that was asked for.
@@ -198,7 +226,7 @@ class Groups:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
         place = open_store(store, rank, world_size, timeout)
-        mesh = Mesh(axes or (("dp", world_size),))
+        mesh = Mesh(axes or (("dp", world_size),)).with_shards(shards)
         member = _Member(rank, mesh, PrefixStore(generation, place), timeout)
         with peer_failures():
             reason = _why_not_shared(transport, device)
@@ -258,12 +286,15 @@ class _Member:
         def group(axes: tuple[str, ...], kind: str = backend, *, own: bool = False) -> Group:
             return self._group(self.mesh.parts(axes), kind, world, own=own)
 
+        cut = any(name == "shard" for name, _ in self.mesh.axes)
         try:
             return Groups(
                 world=world,
-                statistics=group(("dp",), own=True),
+                statistics=group(("dp", "shard"), own=True),
                 checkpoint=self._group([everyone], for_saving, world, own=True),
-                data=group(("dp",)),
+                data=(data := group(("dp", "shard"))),
+                shard=group(("shard",)) if cut else data,
+                copies=group(("dp",)) if cut else Group(0, 1, None, counter, (self.rank,)),
                 tensor=group(("tp",)),
                 pipeline=group(("pp",)),
                 model=group(("pp", "tp")),

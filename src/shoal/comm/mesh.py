@@ -33,6 +33,21 @@ class Mesh:
             rank, place[name] = divmod(rank, degree)
         return place
 
+    def with_shards(self, ranks: int | None) -> "Mesh":
+        """The axis dp as two: `ranks` next to one another are a shard group ("shard") each.
+
+        As it is where that is all of dp, or None.
+        """
+        axes: list[tuple[str, int]] = []
+        for name, degree in self.axes:
+            if name == "dp" and ranks is not None and 1 < ranks < degree:
+                if degree % ranks:
+                    raise ValueError(f"shard groups of {ranks} do not divide dp{degree}")
+                axes += [("dp", degree // ranks), ("shard", ranks)]
+            else:
+                axes.append((name, degree))
+        return Mesh(tuple(axes))
+
     def parts(self, names: Sequence[str]) -> list[tuple[int, ...]]:
         """All ranks in parts that differ along `names` only, each in rising order."""
 

@@ -1,16 +1,18 @@
 """`assemble`: replica, agreement and optimizer from a generation of ranks and a state."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from shoal import learn
 from shoal.checkpoint import Checkpoint
 from shoal.checkpoint.optimizer_state import restore
 from shoal.comm import Groups
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
-from shoal.parallel import LocalBatch, Replica, Share, build_replica
+from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
 from shoal.sync import Agreement, build_agreement
 
 
@@ -24,6 +26,7 @@ class Job:
     agreement: Agreement
     optimizer: torch.optim.Optimizer
     next_step: int = 0
+    warnings: tuple[str, ...] = ()  # what whoever started the run should know
 
     @property
     def parameter_names(self) -> dict[torch.nn.Parameter, str]:
@@ -69,20 +72,27 @@ class Job:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.replica.updated()
         return norm
 
 
 def assemble(
-    groups: Groups, workload: Workload, execution: Execution, state: Checkpoint | None = None
+    groups: Groups,
+    workload: Workload,
+    execution: Execution,
+    state: Checkpoint | None = None,
+    look: Callable[[nn.Module], None] = lambda _model: None,
 ) -> Job:
     """Build this rank's replica, optimizer and agreement, from `state` or from the seed.
 
-    Collective over ``groups``.
+    ``look`` gets the plain model with its first weights, whole, before anything is cut: what ranks
+    compare. Collective over ``groups``.
     """
     model = workload.first_model(execution.dtype)
     # A checkpoint is read into the plain module, before anything is wrapped around it.
     if state is not None:
         _restore_model(state, model)
+    look(model)
     model.to(groups.device)
     replica = build_replica(
         model,
@@ -91,15 +101,17 @@ def assemble(
         group=groups.statistics,
         seed=workload.seed,
         normalize_over=workload.normalize_over,
+        split=Split(execution.zero, execution.microbatches, execution.offload, groups),
         recompute=execution.recompute,
         compiled=execution.compiled,
     )
     optimizer = workload.build_optimizer(replica.holding)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    agreement = build_agreement(groups)
+    warnings = learn.check_cut(optimizer) if execution.zero else ()
+    agreement = build_agreement(groups, summed=replica.sums_gradients)
     agreement.attach(replica)
-    job = Job(groups, workload, replica, agreement, optimizer)
+    job = Job(groups, workload, replica, agreement, optimizer, warnings=warnings)
     if state is not None:
         _restore_optimizer(state, job)
         job.next_step = state.step

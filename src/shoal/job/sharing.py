@@ -10,17 +10,15 @@ from shoal.parallel import Share
 
 
 def shares(examples: int, ranks: int, multiple: int = 1) -> tuple[tuple[int, int], ...]:
-    """Cut ``[0, examples)`` into consecutive (start, stop), sizes differing by one at most.
+    """Cut ``[0, examples)`` into consecutive (start, stop), sizes differing by `multiple` at most.
 
-    Fewer examples than ranks leave the last ranks with none. ``multiple``: how many consecutive
-    examples stay together (statistics groups of a pipeline's microbatches); then sizes differ by
-    so many at most.
+    Borders are multiples of `multiple`: of the size of statistics groups, where one has to lie
+    whole on a rank. Fewer examples than ranks leave the last ranks with none.
     """
-    together = -(-examples // multiple)
-    each, more = divmod(together, ranks)
+    each, more = divmod(-(-examples // multiple), ranks)
     cuts = [0]
     for rank in range(ranks):
-        cuts.append(min(examples, cuts[-1] + multiple * (each + (rank < more))))
+        cuts.append(min(examples, cuts[-1] + (each + (rank < more)) * multiple))
     return tuple(itertools.pairwise(cuts))
 
 

@@ -39,6 +39,9 @@ class Execution:
     channels_last: bool = False
     compiled: bool = False
     recompute: bool = False
+    zero: int = 0
+    microbatches: int = 1
+    offload: bool = False
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -48,6 +51,9 @@ class Execution:
             channels_last=strategy.channels_last,
             compiled=strategy.compile,
             recompute=strategy.recompute is not None,
+            zero=strategy.zero.stage if strategy.zero is not None else 0,
+            microbatches=strategy.microbatches,
+            offload=strategy.offload,
             dtype=dtype,
         )
 
@@ -146,12 +152,12 @@ def local_batch(
     The next step's rows are asked for ahead, unless `step` is the last. What stands in for an empty
     share (see `Share`) is not reported as bad: another rank does that.
     """
-    share = share_of(feed.batch_examples(step), replica.ranks)
+    share = share_of(feed.batch_examples(step), replica.ranks, replica.unit)
     batch = feed.read(step, *share.reads(rank))
     if share.is_empty(rank) and len(getattr(batch, "bad", ())):
         batch = replace(batch, bad=())
     if step < last_step:
-        ahead = share_of(feed.batch_examples(step + 1), replica.ranks)
+        ahead = share_of(feed.batch_examples(step + 1), replica.ranks, replica.unit)
         feed.prefetch(step + 1, *ahead.reads(rank))
     moved: LocalBatch = batch.to(
         replica.device, replica.numerics.dtype, channels_last=replica.numerics.channels_last

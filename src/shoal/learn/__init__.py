@@ -13,7 +13,12 @@ Nothing here divides by a count: that is done once, by the count of the whole gl
 
 from shoal.learn.metrics import Metric, build_metrics
 from shoal.learn.objectives import Objective, UsersObjective, build_objective
-from shoal.learn.optimizers import build_optimizer, clip_norm_of, parameter_groups
+from shoal.learn.optimizers import (
+    build_optimizer,
+    check_cut,
+    clip_norm_of,
+    parameter_groups,
+)
 from shoal.learn.schedules import Schedule, build_schedule
 
 __all__ = [
@@ -25,6 +30,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "build_schedule",
+    "check_cut",
     "clip_norm_of",
     "parameter_groups",
 ]

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from shoal.errors import UsageError
+from shoal.errors import Refused, UsageError
 from shoal.recipe.component import is_import_path, thaw
 from shoal.recipe.user import Named, call, check_options, load, unknown
 
@@ -49,6 +49,47 @@ def build_optimizer(component: Named, module: nn.Module) -> Optimizer:
         if "lr" in group:
             group.setdefault("initial_lr", group["lr"])
     return optimizer
+
+
+_ELEMENT_WISE = tuple(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD",
+        "Adadelta",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    )
+)
+
+
+def check_cut(optimizer: Optimizer) -> tuple[str, ...]:
+    """What to warn of where `optimizer` updates pieces of parameters; nothing for most.
+
+    A piece is updated as it would be within the whole by optimizers that treat every element by
+    itself. Raises Refused for torch's others (Adafactor, LBFGS, Muon, SparseAdam); of a user's own
+    nobody can know.
+    """
+    kind = type(optimizer)
+    step = inspect.unwrap(kind.step)
+    if any(issubclass(kind, each) and inspect.unwrap(each.step) is step for each in _ELEMENT_WISE):
+        return ()
+    if kind.__module__.startswith("torch.optim"):
+        raise Refused(
+            f"{kind.__name__} computes with whole parameters, and here ranks keep pieces of them",
+            hint="Use an optimizer that treats every element by itself (sgd, adam, adamw, …), or a "
+            "strategy that cuts no parameter or state: dp without zero.",
+        )
+    return (
+        f"optimizer {kind.__name__}: ranks keep pieces of parameters, which gives the same updates "
+        "only if it treats every element by itself. `shoal verify` tells",
+    )
 
 
 def clip_norm_of(component: Named) -> float | None:

@@ -46,31 +46,43 @@ class BatchGroups:
     stands_in: bool = False  # the rows are no part of this rank's share, and have no weight
     crosses: bool = False
     recomputing: bool = False
-    _present: frozenset[int] = frozenset()  # groups with rows here, in any microbatch
     _calls: Counter[int] = field(default_factory=Counter)
     _pending: dict[tuple[int, int], Noted] = field(default_factory=dict)
     _sent: list[Noted] = field(default_factory=list)
     _sum: Pending | None = None
+    _there: set[int] = field(default_factory=set)  # groups with rows here, in any microbatch
 
-    def begin(self, rows: Tensor, batch_examples: int, shares: list[tuple[int, int]]) -> None:
-        """Set the groups of a step.
+    def begin(
+        self,
+        rows: Tensor,
+        batch_examples: int,
+        shares: list[tuple[int, int]],
+        *,
+        microbatch: int = 0,
+        stands_in: bool | None = None,
+    ) -> None:
+        """Set the groups of a forward pass: of a step, or of one of its microbatches.
 
         ``rows``: positions of the local rows in the global batch (int64, ascending); ``shares``:
-        every rank's (start, stop) of those positions.
+        every rank's (start, stop) of those positions; ``stands_in``: whether the rows have no
+        weight, if that is not what the shares say. What microbatches note is put together.
         """
         size = self.normalize_over or max(1, batch_examples)
         self.batch_examples = batch_examples
         self.count = max(1, -(-batch_examples // size))
         self.local_rows = len(rows)
         start, stop = shares[self.group.rank]
-        self.stands_in = start == stop and self.local_rows > 0
+        self.stands_in = start == stop and self.local_rows > 0 if stands_in is None else stands_in
         self.spans = _spans(rows, size)
-        self._present = frozenset(span.group for span in self.spans)
         borders = [stop for _, stop in shares if 0 < stop < batch_examples]
         self.crosses = self.group.size > 1 and any(border % size for border in borders)
-        self._pending.clear()
         self._calls.clear()
-        self._sum = None
+        if microbatch == 0:
+            self._pending.clear()
+            self._there.clear()
+            self._sum = None
+        if not self.stands_in:
+            self._there.update(span.group for span in self.spans)
 
     def microbatch(self, rows: Tensor) -> None:
         """Let the layers see some of the step's rows only: whole groups of them."""
@@ -140,8 +152,8 @@ class BatchGroups:
         self._pending.clear()
         kind = self._sent[0][1]
         present = kind.new_zeros(self.count, 1)
-        if not self.stands_in:
-            present[sorted(self._present)] = 1.0
+        if self._there:
+            present[sorted(self._there)] = 1.0
         parts = [present, *(part.to(kind.dtype) for _, m, v in self._sent for part in (m, v))]
         # Every group is on exactly one rank, and zero on the others: the sum is exact.
         self._sum = self.group.all_reduce_later(torch.cat(parts, 1), "activation")

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,45 +26,15 @@ from torch.utils._pytree import tree_map
 from shoal.comm import Pending, is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Part
+from shoal.parallel.microbatches import LocalBatch, Share, joined, microbatches
 from shoal.parallel.randomness import StepKey, counted, intercepting
 from shoal.parallel.statistics import BatchGroups
+from shoal.parallel.zero.states import States, Whole
 
 _LIBRARIES = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 Objective = Callable[[Any, Any], tuple[Tensor, Tensor]]
 Start = Callable[[Tensor], Pending]
-
-
-class LocalBatch(Protocol):
-    """This replica's rows of a global batch."""
-
-    @property
-    def inputs(self) -> Any: ...
-    @property
-    def targets(self) -> Any: ...
-    @property
-    def rows(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which positions of a step's global batch each rank has: ``shares[rank] = (start, stop)``.
-
-    A rank without any still computes, on the batch's first example and with no weight: a user's
-    model need not bear a batch of no rows (``x.view(len(x), -1)`` does not), and collectives inside
-    the model need every rank.
-    """
-
-    batch_examples: int
-    shares: tuple[tuple[int, int], ...]
-
-    def is_empty(self, rank: int) -> bool:
-        start, stop = self.shares[rank]
-        return start == stop
-
-    def reads(self, rank: int) -> tuple[int, int]:
-        """The positions that `rank` reads: its share, or in place of an empty one the first."""
-        return (0, 1) if self.is_empty(rank) else self.shares[rank]
 
 
 @dataclass(frozen=True)
@@ -91,18 +61,26 @@ class Body(nn.Module):
         self._randomness = randomness if randomness is not None else StepKey(0)
         self._objective = objective
         self._numerics = numerics
-        self.captured: Any = None
+        self.kept: list[Any] = []  # outputs of each microbatch
         self.capture = False
         self.counts = True  # whether the rows have any weight, see `Share`
 
-    def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    @property
+    def captured(self) -> Any:
+        """The outputs of the last step, of all its microbatches; None without any."""
+        return joined(self.kept)
+
+    def forward(self, inputs: Any, targets: Any, *, outputs_only: bool = False) -> Any:
+        """(Σ loss, Σ count), or the model's outputs."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._numerics.bf16):
             with counted(self._randomness, self.model):
                 outputs = call_model(self.model, inputs)
+            if outputs_only:
+                return outputs
             total, count = call_objective(self._objective, outputs, targets)
         if self.capture:
-            self.captured = each_tensor(detached if self.counts else no_rows, outputs)
+            self.kept.append(each_tensor(detached if self.counts else no_rows, outputs))
         return (total, count) if self.counts else (total * 0.0, count * 0.0)
 
 
@@ -110,10 +88,18 @@ class Replica:
     """A model whole on one rank, prepared for training. Made by `parallel.build_replica`."""
 
     def __init__(
-        self, body: Body, numerics: Numerics, groups: BatchGroups, randomness: StepKey
+        self,
+        body: Body,
+        numerics: Numerics,
+        groups: BatchGroups,
+        randomness: StepKey,
+        states: States | None = None,
+        microbatches: int = 1,
     ) -> None:
         self.body = body
         self.numerics = numerics
+        self.states = Whole(body.model) if states is None else states
+        self.microbatches = microbatches
         self.rank = groups.group.rank
         self.ranks = groups.group.size
         self._groups = groups
@@ -128,7 +114,20 @@ class Replica:
     @property
     def holding(self) -> nn.Module:
         """The user's module with the tensors that this rank keeps and updates, by their names."""
-        return self.body.model
+        return self.states.holding
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether gradients are those of the whole batch already when the backward pass ends."""
+        return self.states.in_step
+
+    @property
+    def unit(self) -> int:
+        """What shares of a batch are multiples of: with microbatches, a statistics group.
+
+        Without, a group may lie on several ranks.
+        """
+        return (self._groups.normalize_over or 1) if self.microbatches > 1 else 1
 
     @property
     def parameters(self) -> int:
@@ -150,9 +149,10 @@ class Replica:
 
     @property
     def layout(self) -> dict[str, Part]:
-        """Every tensor of the model lies whole on each rank."""
+        """Which part of each tensor of the model the one in `holding` is."""
         state = self.model.state_dict(keep_vars=True)
-        return {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
+        whole = {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
+        return self.states.layout(whole)
 
     def forward_backward(self, batch: LocalBatch, step: int, share: Share, start: Start) -> Tensor:
         """Leave in ``.grad`` the gradient of this rank's losses ÷ the examples of the global batch.
@@ -161,51 +161,84 @@ class Replica:
         method's result: ``[Σ loss, Σ count, …]`` of the global batch, for `rescale`. Raises
         `NoGradient` for a loss that no parameter can learn from.
         """
-        self._begin(batch, step, share)
-        loss_sum, count = self.body(batch.inputs, batch.targets)
-        if not loss_sum.requires_grad:
-            raise NoGradient(
-                "the objective's result has no gradient: no parameter can learn from it",
-                hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
-                ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train "
-                "on a loss that changes smoothly with the outputs (cross_entropy, mse).",
-                step=step,
-                phase="backward",
-            )
-        totals = start(torch.stack((loss_sum.detach().double(), count.detach().double())))
-        self._groups.send()
+        parts = self._parts(batch, share)
         self._divisor = float(max(1, share.batch_examples))
-        with intercepting(self._randomness):
-            (loss_sum / self._divisor).backward()
+        self.body.kept.clear()
+        sums, totals = None, None
+        for number, (part, counts) in enumerate(parts):
+            self._begin(part, step, share, number, counts=counts)
+            loss_sum, count = self.body(part.inputs, part.targets)
+            if not loss_sum.requires_grad:
+                raise _no_gradient(step)
+            own = torch.stack((loss_sum.detach().double(), count.detach().double()))
+            sums = own if sums is None else sums + own
+            if number == len(parts) - 1:
+                # Agreements send gradients from here on: no backward pass comes after this one.
+                totals = start(sums)
+                self._groups.send()
+            with intercepting(self._randomness):
+                (loss_sum / self._divisor).backward()
         self._groups.finish()
+        self.states.finish()
+        assert totals is not None  # there is one part at least
         return totals.wait()
+
+    def _parts(self, batch: LocalBatch, share: Share) -> list[tuple[LocalBatch, bool]]:
+        """The microbatches of this rank, and whether their rows have weight."""
+        if self.microbatches == 1:
+            return [(batch, not share.is_empty(self.rank))]
+        return microbatches(
+            batch,
+            share,
+            self.rank,
+            self.microbatches,
+            self.unit,
+            together=self.states.in_step,
+        )
 
     def rescale(self, count: float) -> None:
         """Make of gradients per example those per what the objective counts, `count` in all."""
         # Nothing counted: a loss and a gradient of zero.
-        if count not in (0.0, self._divisor):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, self._divisor / count)
+        self.states.take_gradients(self._divisor / count if count else 1.0)
+
+    def updated(self) -> None:
+        """After the optimizer's update, once its gradients are forgotten. Collective."""
+        self.states.spread()
 
     def forward(self, batch: LocalBatch, step: int, share: Share) -> Any:
         """Outputs for this rank's rows, without gradient."""
-        self._begin(batch, step, share)
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16),
-            counted(self._randomness, self.model),
-        ):
-            return call_model(self.model, batch.inputs)
+        self._begin(batch, step, share, counts=not share.is_empty(self.rank))
+        with torch.no_grad():
+            return self.body(batch.inputs, None, outputs_only=True)
 
-    def _begin(self, batch: LocalBatch, step: int, share: Share) -> None:
-        self.body.counts = not share.is_empty(self.rank)
-        self._groups.begin(batch.rows, share.batch_examples, list(share.shares))
-        self._randomness.begin(step, batch.rows, self.rank)
+    def _begin(
+        self, batch: LocalBatch, step: int, share: Share, number: int = 0, *, counts: bool
+    ) -> None:
+        self.body.counts = counts
+        self._groups.begin(
+            batch.rows,
+            share.batch_examples,
+            list(share.shares),
+            microbatch=number,
+            stands_in=not counts,
+        )
+        # A number of its own for what is drawn from torch's generator in each microbatch.
+        self._randomness.begin(step, batch.rows, self.rank + self.ranks * number)
 
     def gradient_norm(self) -> Tensor:
-        """The 2-norm of the whole model's gradient, a 0-d tensor."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        """The 2-norm of the whole model's gradient, a 0-d tensor. Collective."""
+        return self.states.norm()
+
+
+def _no_gradient(step: int) -> NoGradient:
+    return NoGradient(
+        "the objective's result has no gradient: no parameter can learn from it",
+        hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
+        ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train "
+        "on a loss that changes smoothly with the outputs (cross_entropy, mse).",
+        step=step,
+        phase="backward",
+    )
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -169,6 +169,17 @@ def use_groups(model: nn.Module, groups: BatchGroups) -> int:
     return found
 
 
+def refuse_batch_norm(model: nn.Module, microbatches: int) -> None:
+    """Raise `Refused` for a batch norm that would see one microbatch in place of the batch."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+            raise Refused(
+                f"mb:{microbatches}: {name} is a batch norm over the whole batch, which is not "
+                "there at once in microbatches: the gradient would be another",
+                hint="Use mb:1, group norm, or normalize_over: N, statistics over N examples.",
+            )
+
+
 def _refused(name: str, layer: _BatchNorm) -> Refused:
     return Refused(
         f"{name} is a {type(layer).__name__}: a batch norm with a forward of its own, which would "

@@ -137,13 +137,14 @@ def not_yet(strategy: Strategy) -> list[str]:
         for axis, degree in strategy.axes
         if axis in names
     ]
-    parts = (strategy.zero, strategy.compress, strategy.schedule)
+    parts = (strategy.compress, strategy.schedule)
     missing += [str(part) for part in parts if part is not None]
     if not isinstance(strategy.agreement, Sync):
         missing.append(str(strategy.agreement))
-    if strategy.mb is not None:
-        missing.append(f"mb:{strategy.mb}")
-    missing += [name for name in ("sp", "offload") if getattr(strategy, name)]
+    if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
+        missing.append(f"{strategy.zero} with +compile")
+    if strategy.sp:
+        missing.append("sp")
     if strategy.recompute == "selective":
         missing.append("recompute:selective")
     if strategy.exact is not None:

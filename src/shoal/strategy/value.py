@@ -19,7 +19,10 @@ from shoal.strategy.agreements import Agreement, Async, Easgd, Sync
 from shoal.strategy.parts import Compress, Schedule, Zero
 
 EVERY_STEP = Sync()
-RUNS_NOW = "single and dpN, with +bf16, +compile, +channels_last and +recompute"
+RUNS_NOW = (
+    "single and dpN, with /zero1, /zero2, /zero3[:G], /mb:M and /offload, "
+    "and +bf16, +compile, +channels_last and +recompute"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ class Strategy:
         if self.zero is None:
             return self.dp
         return self.dp // (self.zero.group or self.dp)
+
+    @property
+    def shards(self) -> int | None:
+        """Ranks in a shard group, where that is not the whole data axis."""
+        return None if self.zero is None else self.zero.group
 
     @property
     def microbatches(self) -> int:

@@ -14,8 +14,11 @@ from shoal.sync.every_step import EveryStep
 __all__ = ["Agreement", "Alone", "EveryStep", "build_agreement"]
 
 
-def build_agreement(groups: Groups) -> Agreement:
-    """The agreement of a synchronous strategy."""
-    if groups.data.size == 1:
+def build_agreement(groups: Groups, *, summed: bool = False) -> Agreement:
+    """The agreement of a synchronous strategy.
+
+    ``summed``: whether replicas sum their gradients themselves (zero2, zero3).
+    """
+    if groups.data.size == 1 or summed:
         return Alone(groups.world)
     return EveryStep(groups.data, groups.world)

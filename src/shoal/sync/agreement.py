@@ -9,10 +9,10 @@ from shoal.comm import Group, Pending
 
 
 class Replica(Protocol):
-    """What an agreement needs of a replica: the tensors that this rank updates."""
+    """What an agreement needs of a replica: the parameters that get gradients."""
 
     @property
-    def holding(self) -> nn.Module: ...
+    def model(self) -> nn.Module: ...
 
 
 class Accumulation(Protocol):
@@ -41,7 +41,10 @@ class Agreement(Protocol):
         """Put hooks on the replica's parameters, once, before the first step. Collective."""
 
     def share(self, vector: Tensor) -> Pending:
-        """Start summing a small float64 vector over all ranks. Collective, once a step."""
+        """Start summing a small float64 vector over all ranks. Collective, once a step.
+
+        A step of several microbatches has all but its last backward pass behind it then.
+        """
         ...
 
     def agree(self, replica: Replica) -> None:
@@ -49,7 +52,9 @@ class Agreement(Protocol):
 
 
 class Alone:
-    """One replica: there is nobody to agree with, though it may lie on several ranks."""
+    """Nobody to agree with: one replica, perhaps on several ranks, or replicas that sum their
+    gradients themselves.
+    """
 
     hidden_s = 0.0
 

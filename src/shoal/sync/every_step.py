@@ -38,10 +38,11 @@ class EveryStep:
         self._bucket_of: dict[int, Bucket] = {}
         self._accumulation: Accumulation | None = None
         self._sent = 0
+        self._last = False  # whether the backward pass in hand is the step's last
         self.hidden_s = 0.0
 
     def attach(self, replica: Replica) -> None:
-        trained = [p for p in replica.holding.parameters() if p.requires_grad]
+        trained = [p for p in replica.model.parameters() if p.requires_grad]
         self._accumulation = getattr(replica, "accumulation", None)
         if self._accumulation is not None:
             self._accumulation.tell(self._completed)  # which stands for a whole model, not a stage
@@ -58,7 +59,10 @@ class EveryStep:
                 parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def _arrived(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is complete: send what has become full, in order."""
+        """Something was added to a parameter's gradient: send what has become full, in order.
+
+        Microbatches add to it one after another; before the last one nothing is sent.
+        """
         bucket = self._bucket_of[id(parameter)]
         if bucket.pending is not None:
             raise RunError(
@@ -75,8 +79,7 @@ class EveryStep:
                 hint="Make the embedding with sparse=False.",
             )
         bucket.arrived.add(id(parameter))
-        # A replica of several microbatches adds to its gradients, and says when it has done.
-        if self._accumulation is None or self._accumulation.finishes(parameter):
+        if self._last if self._accumulation is None else self._accumulation.finishes(parameter):
             bucket.complete.add(id(parameter))
             self._send_full()
 
@@ -104,6 +107,7 @@ class EveryStep:
         return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
 
     def share(self, vector: Tensor) -> Pending:
+        self._last = True
         return self._everyone.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
@@ -121,5 +125,6 @@ class EveryStep:
             last_end = max(last_end, ended)
             bucket.settle()
         self._sent = 0
+        self._last = False
         waited = self._group.counter.waited_s - waited
         self.hidden_s += max(0.0, under_way - waited)

@@ -161,7 +161,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.export")]
     levels = [logger.level for logger in loggers]
     # What torch prints of a graph that it gives up on.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:

@@ -57,6 +57,7 @@ def train_on_rank(
         context.generation,
         device,
         axes=strategy.axes,
+        shards=strategy.shards,
         transport=cast(Transport, task.transport),
     )
     if groups.world.rank == 0 and groups.reason is not None:
@@ -93,9 +94,15 @@ def _train(
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     memory = PeakMemory(groups.device)
     state = _find_state(groups, run, context.send) if task.resume else None
-    job = assemble(groups, workload_of(recipe), Execution.of(strategy), state)
-    # Replicas of one part of the model; the parts themselves differ.
-    compare(groups.data, _initial(job))
+    start: dict[str, Any] = {}
+    execution, work = Execution.of(strategy), workload_of(recipe)
+    job = assemble(groups, work, execution, state, lambda model: start.update(_weights(model)))
+    # What they had before any of it was cut: the pieces that they keep differ.
+    compare(groups.world, start | _initial(job))
+    if groups.world.rank == 0:
+        for message in job.warnings:
+            run.log_event("warning", message)
+            context.send({"kind": "event", "event": "warning", "message": message})
     loop = Loop(job, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
@@ -132,19 +139,24 @@ def _program(recipe: Recipe, strategy: Strategy, device: torch.device) -> dict[s
     return items | {f"recipe: {key}": each for key, each in recipe.fingerprint_items().items()}
 
 
-def _initial(job: Job) -> dict[str, Any]:
-    """What they compare before step 1."""
-    evaluation = job.workload.evaluation
+def _weights(model: torch.nn.Module) -> dict[str, Any]:
+    """What they compare of the whole model, before step 1."""
     return {
-        "parameter names, shapes and types": describe_parameters(job.replica.holding),
+        "parameter names, shapes and types": describe_parameters(model),
         # Gradients are summed by position: the same parameters in another order would be mixed up.
         "order of parameters": {
-            f"parameter {place}": name
-            for place, (name, _) in enumerate(job.replica.holding.named_parameters())
+            f"parameter {place}": name for place, (name, _) in enumerate(model.named_parameters())
         },
+        "weights before the first step": model_digests(model),
+    }
+
+
+def _initial(job: Job) -> dict[str, Any]:
+    """What else they compare."""
+    evaluation = job.workload.evaluation
+    return {
         "data": job.workload.feed.fingerprint,
         "evaluation data": evaluation.fingerprint if evaluation is not None else None,
-        "weights before the first step": model_digests(job.replica.holding),
         "first step": job.next_step,
     }
 

@@ -116,12 +116,15 @@ class Comparison:
 
 
 def cause_between_ranks(
-    group: Group, first: Difference, mine: Record, reference: Record
+    group: Group, first: Difference, mine: Record, reference: Record, layout: Layout
 ) -> str | None:
     """What only the ranks together can tell: gradients that add up, replicas that differ.
 
-    Collective; equal on all ranks.
+    Nothing where ranks hold pieces. Collective; equal on all ranks.
     """
+    cut = any(not part.is_whole for part in layout.values())
+    if any(group.all_gather_json(cut, "evaluation")):
+        return None
     if first.kind not in ("gradient", "buffer", "parameter", "optimizer"):
         return None
     other = _other_replica(group, first, mine)

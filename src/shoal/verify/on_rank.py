@@ -11,6 +11,7 @@ from shoal.comm import Group, Groups, peer_failures
 from shoal.errors import NotFinite, RunError
 from shoal.job import Execution, Job, Workload, assemble, share_of, workload_of
 from shoal.launch import Context
+from shoal.layout import Part
 from shoal.recipe import Component, Recipe
 from shoal.strategy import Strategy
 from shoal.train.agree_start import compare as compare_start
@@ -29,6 +30,7 @@ from shoal.verify.feeds import FunctionFeed, VerifyingFeed
 from shoal.verify.observed import Observed
 from shoal.verify.record import Record
 from shoal.verify.reference import Reference
+from shoal.verify.throughout import Float64Throughout
 
 DTYPE = torch.float64
 
@@ -66,23 +68,25 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
         context.store,
         context.generation,
         axes=strategy.axes,
+        shards=strategy.shards,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(peer_failures())
+        stack.enter_context(Float64Throughout())
         workload = _workload(task, groups.data.size)
         if groups.world.rank == 0:
             # One device, and not yet touched by whatever is planted on the ranks.
             reference = Reference(workload, DTYPE, groups.device)
             records = reference.steps(task.steps)
         stack.enter_context(task.plant())
-        job = assemble(groups, workload, Execution.of(strategy, DTYPE))
-        compare_start(
-            groups.data,
-            {
-                "parameter names, shapes and types": describe_parameters(job.replica.holding),
-                "data": workload.feed.fingerprint,
-            },
+        start: dict[str, Any] = {"data": workload.feed.fingerprint}
+        job = assemble(
+            groups,
+            workload,
+            Execution.of(strategy, DTYPE),
+            look=lambda model: start.update(parameters=describe_parameters(model)),
         )
+        compare_start(groups.world, start)
         observed, comparison, cause = Observed(job), Comparison.empty(), None
         for step in range(task.steps):
             record = next(records) if groups.world.rank == 0 else None
@@ -95,13 +99,14 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
                 cause = f"the ranks have no finite loss where one device has: {error.message}"
                 break
             examples = workload.feed.batch_examples(step)
-            shares = share_of(examples, groups.data.size).shares
+            shares = share_of(examples, groups.data.size, job.replica.unit).shares
             if step == 0:
-                require_all_held(groups.world, job.replica.layout, theirs)
+                require_all_held(groups.world, _layout(job), theirs)
             comparison.add(step, mine, theirs, _held(job, shares, examples))
             first = _first(groups.world, comparison)
             if first is not None and cause is None:
-                cause = cause_between_ranks(groups.world, first, mine, theirs)
+                layout = job.replica.layout
+                cause = cause_between_ranks(groups.world, first, mine, theirs, layout)
                 if cause is None and groups.world.rank == 0:
                     cause = likely_cause(reference, first, mine, theirs, shares)
                 cause = groups.world.all_gather_json(cause, "evaluation")[0]
@@ -112,7 +117,14 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
 
 def _held(job: Job, shares: tuple[tuple[int, int], ...], examples: int) -> Held:
     share = shares[job.groups.data.rank]
-    return Held(job.replica.layout, share, examples, outputs=job.replica.captured is not None)
+    return Held(_layout(job), share, examples, outputs=job.replica.captured is not None)
+
+
+def _layout(job: Job) -> dict[str, Part]:
+    """The replica's layout, and buffers that no checkpoint has: each rank made them, whole."""
+    buffers = job.replica.holding.named_buffers()
+    made = {name: Part.whole(tuple(buffer.shape)) for name, buffer in buffers}
+    return made | job.replica.layout
 
 
 def _workload(task: VerifyTask, ranks: int) -> Workload:

@@ -22,6 +22,7 @@ from shoal.comm import Groups, Pending
 from shoal.errors import NoGradient, Refused, ShoalError
 from shoal.layout import Part
 from shoal.parallel.batch_groups import BatchGroups
+from shoal.parallel.microbatches import LocalBatch, Share
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.forms import Form, Forms
 from shoal.parallel.pipeline.links import Links, Message
@@ -31,10 +32,8 @@ from shoal.parallel.pipeline.tied import Tied
 from shoal.parallel.pipeline.weights import Later
 from shoal.parallel.randomness import StepKey
 from shoal.parallel.replica import (
-    LocalBatch,
     Numerics,
     Objective,
-    Share,
     Start,
     call_objective,
     each_tensor,
