@@ -83,7 +83,7 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         agreement.agree(replica)
         replica.rescale(count)
         note(trace, step, "loss", {"loss": torch.tensor(loss / count, dtype=torch.float64)})
-        note(trace, step, "gradient", gradients(model))
+        note(trace, step, "gradient", placed(gradients(model), replica.layout))
         if replica.captured is not None:
             note(trace, step, "output", named_outputs(replica.captured))
         if case.clip_norm is not None:
@@ -92,8 +92,26 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         optimizer.step()
         optimizer.zero_grad()
         if held is model:
-            note_state(trace, step, model, optimizer)
+            state: Trace = {}
+            note_state(state, step, model, optimizer)
+            trace |= placed(state, replica.layout)
     return trace
+
+
+def placed(tensors: Trace, layout: Any) -> Trace:
+    """Pieces of tensors that are cut, in their places in wholes that are NaN everywhere else."""
+    found = {}
+    for key, tensor in tensors.items():
+        parts = [n for n in layout if key == n or key.split("/", 2)[-1].split("/")[0] == n]
+        part = layout[parts[0]] if parts else None
+        if part is None or part.is_whole or tuple(tensor.shape) != part.shape:
+            found[key] = tensor
+            continue
+        found[key] = torch.full(part.global_shape, float("nan"), dtype=tensor.dtype)
+        for box, index in part.places():
+            place = tuple(map(slice, box.offset, box.stop))
+            found[key][place] = tensor[index]
+    return found
 
 
 def _save_stages(groups: Any, case: Case, how: How, folder: str) -> list[str]:
@@ -129,12 +147,18 @@ def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:
     for step in range(1 + max(int(key.split("/")[0]) for key in expected)):
         whole = of_kind(expected, step, "output")
         parts = [part for part in (of_kind(trace, step, "output") for trace in ranks) if part]
+        # Tensor ranks have the same outputs.
+        rows = sum(len(next(iter(part.values()))) for part in parts)
+        parts = parts[:: max(1, rows // len(next(iter(whole.values()))))]
         cut = {name: torch.cat([part[name] for part in parts]) for name in whole}
         worst["output"] = max(worst["output"], _error(whole, cut))
         for kind in KINDS[1:]:
             reference, found = of_kind(expected, step, kind), set()
             for trace in ranks:
-                mine = of_kind(trace, step, kind)
+                mine = {
+                    name: torch.where(tensor.isnan(), reference[name], tensor)
+                    for name, tensor in of_kind(trace, step, kind).items()
+                }
                 found |= mine.keys()
                 # The scale of an error is the whole model's: what is not here counts as right.
                 worst[kind] = max(worst[kind], _error(reference, reference | mine))

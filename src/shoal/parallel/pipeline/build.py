@@ -28,6 +28,7 @@ from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
+from shoal.parallel.tensor import TensorPlan, apply, cut_model, plan
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -92,6 +93,7 @@ def build_staged_replica(
             Completion(builder.parameters_by_stage()),
             builder.cut,
             builder.has_norms,
+            builder.plan,
             sum(parameter.numel() for parameter in parameters),
         )
     )
@@ -130,6 +132,7 @@ class _Builder:
         self.key.know(model)
         self.later = Later()
         self.cut: dict[str, Part] = {}
+        self.plan: TensorPlan | None = None
         self.has_norms = False
 
     def make_forms(self, example: tuple[Any, int], recompute: bool) -> None:
@@ -148,6 +151,7 @@ class _Builder:
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
         """Everything that is done to a trace before it is cut."""
+        traced = self._cut_tensors(traced)
         use_counted_randomness(traced, self.key)
         if batch_norms(traced):
             self._check_norms(training)
@@ -157,6 +161,18 @@ class _Builder:
         if self.table.splits_backward and training:
             split_weights(traced, self.later)
         return traced
+
+    def _cut_tensors(self, traced: Traced) -> Traced:
+        """The graph of this tensor rank; at the first, the model's tensors are cut to its parts."""
+        group = self.groups.tensor
+        if group.size == 1:
+            return traced
+        whole = self.forms.skeleton
+        if self.plan is None:
+            self.plan = plan(traced, group.size, whole)
+            cut_model(self.plan, self.model, group.rank)
+            self.cut = {name: self.plan.part(name, group.rank) for name in self.plan.cuts}
+        return apply(self.plan, traced, whole, group)
 
     def _check_norms(self, training: bool) -> None:
         self.has_norms = True

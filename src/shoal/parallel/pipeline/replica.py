@@ -39,6 +39,7 @@ from shoal.parallel.replica import (
     each_tensor,
     user_error,
 )
+from shoal.parallel.tensor import TensorPlan, gather_outputs, wrap
 from shoal.schedule import Action, Table
 
 Values = dict[str, Tensor]
@@ -62,6 +63,7 @@ class Parts:
     completion: Completion
     cut: dict[str, Part]  # of the tensors that tensor parallelism has cut
     has_norms: bool
+    plan: TensorPlan | None  # of tensor parallelism
     parameters: int
 
 
@@ -120,6 +122,11 @@ class StagedReplica:
         state = self.model.state_dict(keep_vars=True)
         whole = {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
         return whole | {name: part for name, part in self._parts.cut.items() if name in whole}
+
+    @property
+    def plan(self) -> TensorPlan | None:
+        """What tensor parallelism has cut, and why; None without it."""
+        return self._parts.plan
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -194,7 +201,9 @@ class StagedReplica:
         """The loss of a microbatch ÷ the global batch's examples; its sums are noted."""
         rows, piece = len(run.batch.rows), run.pieces[microbatch]
         targets = each_tensor(lambda leaf: _some(leaf, piece, rows), run.batch.targets)
-        whole = run.forms[microbatch].traced.rebuild(outputs)
+        traced, group = run.forms[microbatch].traced, self._parts.groups.tensor
+        seen = wrap(outputs, traced, group) if traced.cut_outputs else outputs
+        whole = traced.rebuild(seen)
         total, count = call_objective(self._parts.objective, whole, targets)
         if not run.counts:
             total, count = total * 0.0, count * 0.0
@@ -203,7 +212,8 @@ class StagedReplica:
         if self._parts.groups.tensor.rank == 0:
             run.sums += torch.stack((total.detach().double(), count.detach().double())).cpu()
         if self._captures:
-            run.outputs[microbatch] = [tensor.detach().clone() for tensor in outputs]
+            kept = [tensor.detach().clone() for tensor in outputs]
+            run.outputs[microbatch] = self._whole(run, microbatch, kept)
         return total / run.divisor
 
     def _backward(self, run: _Run, stage: int, microbatch: int) -> None:
@@ -280,9 +290,17 @@ class StagedReplica:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16):
             live = _call(chunk, values)
         if stage == self.table.stages - 1:
-            run.outputs[microbatch] = [live[name] for name in chunk.outputs]
+            outputs = [live[name] for name in chunk.outputs]
+            run.outputs[microbatch] = self._whole(run, microbatch, outputs)
         else:
             links.send(Message("F", stage, microbatch), [live[name] for name in chunk.gives])
+
+    def _whole(self, run: _Run, microbatch: int, outputs: list[Tensor]) -> list[Tensor]:
+        """Outputs that every tensor rank has all of."""
+        traced = run.forms[microbatch].traced
+        if not traced.cut_outputs:
+            return outputs
+        return gather_outputs(outputs, traced, self._parts.groups.tensor)
 
     # ---- rows
 
