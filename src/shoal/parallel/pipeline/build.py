@@ -98,6 +98,7 @@ def build_staged_replica(
             shard(zero, model, model, groups, offload=offload),
             builder.about,
             builder.has_norms,
+            builder.plan,
             sum(parameter.numel() for parameter in parameters),
         )
     )
