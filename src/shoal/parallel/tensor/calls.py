@@ -1,7 +1,7 @@
 """One node of the graph with its arguments by name, as its operator's schema has them.
 
-    call = Call(node)                    # aten.linear.default(x, w)
-    call["weight"], call["bias"]         # w, None
+call = Call(node)                    # aten.linear.default(x, w)
+call["weight"], call["bias"]         # w, None
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Bytes that a rank gives to the collectives of a rewritten graph, counted from the graph.
 
-    comm_bytes(mine, rows=8)                 # {"all_reduce": 81920}, forward and backward
-    loss_bytes(labels=64)                    # a cross-entropy over scores that stay cut
+comm_bytes(mine, rows=8)                 # {"all_reduce": 81920}, forward and backward
+loss_bytes(labels=64)                    # a cross-entropy over scores that stay cut
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """A plan carried out: the graph of one rank, and the module's own parameters cut to its parts.
 
-    cut_model(made, model, rank)                         # in place, under all names
-    mine = apply(made, traced, model, group)             # before or after, train or eval graph
+cut_model(made, model, rank)                         # in place, under all names
+mine = apply(made, traced, model, group)             # before or after, train or eval graph
 """
 
 from typing import TypeVar

@@ -1,10 +1,10 @@
 """Rules of layers: products, convolutions, normalisation, embedding, attention, pooling.
 
-    linear     x [b, k], weight [o, k], bias [o]                → [b, o]             sums over k
-    conv       x [b, c, …], weight [o, c, …], bias [o]          → [b, o, …]          sums over c
-    grouped    x [b, g·c, …], weight [g·o, c, …], bias [g·o]    → [b, g·o, …]        between groups
-    matmul     [b, m, k], [b, k, n]                             → [b, m, n]          sums over k
-    attention  q [b, h, t, d], k and v [b, h, s, d]             → [b, h, t, d]
+linear     x [b, k], weight [o, k], bias [o]                → [b, o]             sums over k
+conv       x [b, c, …], weight [o, c, …], bias [o]          → [b, o, …]          sums over c
+grouped    x [b, g·c, …], weight [g·o, c, …], bias [g·o]    → [b, g·o, …]        between groups
+matmul     [b, m, k], [b, k, n]                             → [b, m, n]          sums over k
+attention  q [b, h, t, d], k and v [b, h, s, d]             → [b, h, t, d]
 """
 
 import math
@@ -162,7 +162,13 @@ def _fewer_groups(arguments: dict[str, Any], local: Local) -> None:
         arguments["groups"] = local.units_of(label)
 
 
-@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "instance_norm", "cudnn_batch_norm")
+@rule(
+    "batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "instance_norm",
+    "cudnn_batch_norm",
+)
 def _batch_norm(call: Call) -> Relation | None:
     relation = Relation(kept=("running_mean", "running_var"))
     sizes = call.shape("input")

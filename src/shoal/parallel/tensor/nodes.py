@@ -77,7 +77,7 @@ def take_part(graph: Graph, value: Node, cut: "Cut", rank: int) -> Node:
 
 def part_of(whole: Tensor, dim: int, split: Split, rank: int) -> Tensor:
     """The part of `rank` of a whole tensor, in copies of a row of pieces."""
-    rows = whole.unflatten(dim, (-1, split.row))
+    rows = whole.unflatten(dim, (-1, split.row))  # type: ignore[no-untyped-call]
     pieces, start = [], 0
     for block in split.blocks:
         first, last = block.bounds[rank], block.bounds[rank + 1]

@@ -1,9 +1,9 @@
 """The table of rules by operator name, and the rule that most operators share.
 
-    @rule("glu")
-    def _glu(call): ...                        # → Relation, or None where it cannot say
+@rule("glu")
+def _glu(call): ...                        # → Relation, or None where it cannot say
 
-    pointwise    [b, 1, c] and [c]  →  [b, t, c]       aligned at the last dimension
+pointwise    [b, 1, c] and [c]  →  [b, t, c]       aligned at the last dimension
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Rules of operations that move elements: reshapes, transposes, concatenation, slices, reductions.
 
-    view       [b, (h·d)] → [b, h, d]        a dimension that is split or merged is a product
-    split      [b, (p | q)] → [b, p], [b, q] a dimension that is taken apart is a row
-    glu        [b, (p | p)] → [b, p]         both halves are cut alike
-    repeat     [h, d] → [(h | h), d]         copies
+view       [b, (h·d)] → [b, h, d]        a dimension that is split or merged is a product
+split      [b, (p | q)] → [b, p], [b, q] a dimension that is taken apart is a row
+glu        [b, (p | p)] → [b, p]         both halves are cut alike
+repeat     [h, d] → [(h | h), d]         copies
 """
 
 import math
@@ -398,7 +398,9 @@ def _index(call: Call) -> Relation | None:
     indices = list(call["indices"])
     used = [at for at, index in enumerate(indices) if index is not None]
     values = [indices[at] for at in used]
-    if not all(is_tensor(value) and not value.meta["val"].dtype.is_floating_point for value in values):
+    if not all(
+        is_tensor(value) and not value.meta["val"].dtype.is_floating_point for value in values
+    ):
         return None
     if any(value.meta["val"].dtype.itemsize == 1 for value in values):
         return None  # a mask: as many results as it has ones
@@ -416,5 +418,3 @@ def _index(call: Call) -> Relation | None:
     new = _fixed(relation, after[at : at + len(after) - len(rest)])
     relation.results = [(*rest[:at], *new, *rest[at:])]
     return relation
-
-

@@ -125,7 +125,7 @@ class CutScores(Tensor):
     def __new__(cls: type["CutScores"], local: Tensor, dim: int, mine: Range) -> "CutScores":
         size = list(local.shape)
         size[dim] = mine.classes
-        made: CutScores = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CutScores = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         made.local, made.cut_dim, made.range, made._whole = local, dim, mine, None
@@ -167,9 +167,7 @@ class CutScores(Tensor):
         return func(*plain, **{key: _plain(value) for key, value in given.items()})
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = [_plain(each) for each in args]
         return func(*plain, **{key: _plain(value) for key, value in (kwargs or {}).items()})
 
@@ -213,7 +211,10 @@ def _moved(func: Any, scores: CutScores, rest: tuple[Any, ...], given: dict[str,
         seen = func(probe, *rest, **given)
     except (RuntimeError, NotImplementedError):
         return NotImplemented
-    if not isinstance(seen, Tensor) or seen.untyped_storage()._cdata != probe.untyped_storage()._cdata:
+    if (
+        not isinstance(seen, Tensor)
+        or seen.untyped_storage()._cdata != probe.untyped_storage()._cdata
+    ):
         return NotImplemented
     found = [
         dim
@@ -373,8 +374,7 @@ def wrap(outputs: Sequence[Tensor], mine: WithOutputs, group: Group) -> list[Ten
 def gather_outputs(outputs: Sequence[Tensor], mine: WithOutputs, group: Group) -> list[Tensor]:
     """The graph's outputs, all whole: for metrics, predictions, comparison. Collective."""
     return [
-        each.whole() if isinstance(each, CutScores) else each
-        for each in wrap(outputs, mine, group)
+        each.whole() if isinstance(each, CutScores) else each for each in wrap(outputs, mine, group)
     ]
 
 
