@@ -99,6 +99,23 @@ def look_up(node: Node, call: Call, first: int, last: int, padding: int | None) 
     node.args, node.kwargs = (call["weight"], call["indices"]), {}
 
 
+def mean_part(node: Node, call: Call, count: int) -> None:
+    """Make a mean over `count` elements this rank's part of it: its sum ÷ count."""
+    dim, keep = call.get("dim"), bool(call.get("keepdim"))
+
+    def tensor_mean_part(value: Tensor) -> Tensor:
+        total = value.sum() if dim is None else value.sum(dim, keepdim=keep)
+        return (total / count).to(value.dtype)  # autocast sums bf16 into float32
+
+    node.target = tensor_mean_part
+    node.args, node.kwargs = (call["self"],), {}
+
+
+def add_bias(value: Tensor, bias: Tensor) -> Tensor:
+    """A bias after a sum over ranks, in the sum's dtype: under autocast that is not the bias's."""
+    return value + bias.to(value.dtype)
+
+
 def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
     """Give a node its arguments by name; under "target" another operator, the rest in its order."""
     if "target" in arguments:
@@ -124,7 +141,7 @@ def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
 
 def inherit(made: Node, source: Node, value: Any) -> None:
     """A node that was put in stands at the line and path of `source`."""
-    for key in ("path", "line", "stack_trace", "nn_module_stack"):
+    for key in ("path", "line", "autocast", "stack_trace", "nn_module_stack"):
         if key in source.meta:
             made.meta[key] = source.meta[key]
     made.meta["val"] = value

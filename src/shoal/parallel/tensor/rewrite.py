@@ -502,25 +502,12 @@ class _Operation:
                 self.call.arguments[added] = None
         self._replace(changes)
         if self.relation.special == "mean":
-            self._sum_for_mean()
+            nodes.mean_part(self.node, self.call, self.relation.mean_over)
         last = self.walk.leave(self.node, self.node)
         users = [last]
-        if self.relation.special == "mean":
-            last = self._after(last, aten.mul.Tensor, (last, 1.0 / self.relation.mean_over))
-            users.append(last)
         if isinstance(bias, Node):
             last = self._add(last, bias, users)
         self.node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in users)
-
-    def _sum_for_mean(self) -> None:
-        given = self.call.arguments
-        kept = {"self": given["self"]}
-        if "dim" in given:
-            kept.update(dim=given["dim"], keepdim=given["keepdim"])
-        else:
-            kept.update(dim=None, keepdim=False)
-        self.node.target = aten.sum.dim_IntList
-        nodes.set_arguments(self.node, {**kept, "dtype": None})
 
     def _add(self, last: Node, bias: Node, users: list[Node]) -> Node:
         """The bias, in the shape that it broadcasts from."""
@@ -530,7 +517,7 @@ class _Operation:
             at = 1 if value.dim() == len(self.call.shape("weight")) else 0
             ones = [1] * (value.dim() - at - 1)
             position = bias = self._after(last, aten.reshape.default, (bias, [-1, *ones]))
-        last = self._after(position, aten.add.Tensor, (last, bias))
+        last = self._after(position, nodes.add_bias, (last, bias))
         users.append(last)
         return last
 
