@@ -77,7 +77,7 @@ def take_part(graph: Graph, value: Node, cut: "Cut", rank: int) -> Node:
 
 def part_of(whole: Tensor, dim: int, split: Split, rank: int) -> Tensor:
     """The part of `rank` of a whole tensor, in copies of a row of pieces."""
-    rows = whole.unflatten(dim, (-1, split.row))
+    rows = whole.unflatten(dim, (-1, split.row))  # type: ignore[no-untyped-call]
     pieces, start = [], 0
     for block in split.blocks:
         first, last = block.bounds[rank], block.bounds[rank + 1]
@@ -97,6 +97,23 @@ def look_up(node: Node, call: Call, first: int, last: int, padding: int | None) 
 
     node.target = tensor_look_up
     node.args, node.kwargs = (call["weight"], call["indices"]), {}
+
+
+def mean_part(node: Node, call: Call, count: int) -> None:
+    """Make a mean over `count` elements this rank's part of it: its sum ÷ count."""
+    dim, keep = call.get("dim"), bool(call.get("keepdim"))
+
+    def tensor_mean_part(value: Tensor) -> Tensor:
+        total = value.sum() if dim is None else value.sum(dim, keepdim=keep)
+        return (total / count).to(value.dtype)  # autocast sums bf16 into float32
+
+    node.target = tensor_mean_part
+    node.args, node.kwargs = (call["self"],), {}
+
+
+def add_bias(value: Tensor, bias: Tensor) -> Tensor:
+    """A bias after a sum over ranks, in the sum's dtype: under autocast that is not the bias's."""
+    return value + bias.to(value.dtype)
 
 
 def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
@@ -124,7 +141,7 @@ def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
 
 def inherit(made: Node, source: Node, value: Any) -> None:
     """A node that was put in stands at the line and path of `source`."""
-    for key in ("path", "line", "stack_trace", "nn_module_stack"):
+    for key in ("path", "line", "autocast", "stack_trace", "nn_module_stack"):
         if key in source.meta:
             made.meta[key] = source.meta[key]
     made.meta["val"] = value

@@ -8,6 +8,9 @@ What each operation does with its dimensions comes from its `Relation`. This is 
 that a plan is right: what no rule covers raises `CannotCut`, whatever the plan hoped for.
 """
 
+import heapq
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import floordiv, getitem, mul
 from typing import Any
@@ -50,10 +53,12 @@ class Rewriting:
     keep_outputs: bool = True
     dry: bool = False
     state: dict[Node, list[Cut | None]] = field(default_factory=dict)
-    communication: list[Node] = field(default_factory=list)
+    moved: int = 0
     cut_outputs: dict[int, Cut] = field(default_factory=dict)
     macs: int = 0
     narrowed: set[str] = field(default_factory=set)
+    _relations: dict[Node, Relation] = field(default_factory=dict)
+    _moving: set[Node] = field(default_factory=set)
     _whole: dict[Node, Any] = field(default_factory=dict)
     _needs: set[Node] = field(default_factory=set)
     _entered: dict[Node, Node] = field(default_factory=dict)
@@ -65,16 +70,45 @@ class Rewriting:
 
     def run(self) -> None:
         """Rewrite all nodes. Raises `CannotCut`."""
+        self._needs = with_gradient(self.graph, self.trained)
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
                 self._placeholder(node)
-            elif node.op == "output":
-                self._outputs(node)
-            elif node.op == "call_function":
-                if any(each in self._needs for each in node.all_input_nodes):
-                    self._needs.add(node)
-                if any(self._is_cut(each) for each in node.all_input_nodes):
-                    self._operation(node)
+            elif any(self._is_cut(each) for each in node.all_input_nodes):
+                self._visit(node)
+
+    def try_out(
+        self, order: dict[Node, int], needs: set[Node], relations: dict[Node, Relation]
+    ) -> None:
+        """The same without a change to the graph, of the nodes alone that see a cut.
+
+        ``order`` numbers the nodes, ``needs`` is `with_gradient` of the graph, ``relations`` what
+        is known of its nodes. Raises `CannotCut`.
+        """
+        self.dry, self._needs, self._relations = True, needs, relations
+        todo: list[tuple[int, Node]] = []
+        seen: set[Node] = set()
+        for node in order:
+            if node.op != "placeholder":
+                break
+            self._placeholder(node)
+            if node in self.state:
+                seen.add(node)
+                heapq.heappush(todo, (order[node], node))
+        while todo:
+            _, node = heapq.heappop(todo)
+            if node.op != "placeholder":
+                self._visit(node)
+            for user in node.users if self._is_cut(node) else ():
+                if user not in seen:
+                    seen.add(user)
+                    heapq.heappush(todo, (order[user], user))
+
+    def _visit(self, node: Node) -> None:
+        if node.op == "output":
+            self._outputs(node)
+        else:
+            self._operation(node)
 
     def _is_cut(self, node: Node) -> bool:
         return any(cut is not None for cut in self.state.get(node, ()))
@@ -84,16 +118,19 @@ class Rewriting:
         return self._whole.get(node, node.meta.get("val"))
 
     def _placeholder(self, node: Node) -> None:
-        if node.name in self.trained:
-            self._needs.add(node)
         cut = self.cuts.get(node.name)
         if cut is not None:
             self._mark(node, [cut])
 
+    def note_moved(self, value: Node) -> None:
+        """A collective over all of a value, of which one for each is enough."""
+        if value not in self._moving:
+            self._moving.add(value)
+            self.moved += numel(self.value(value).shape)
+
     def _collective(self, node: Node, kind: str, *, backward: bool) -> None:
         """``meta["collective"] = (kind, whether it runs in the backward pass)``."""
         node.meta["collective"] = (kind, backward)
-        self.communication.append(node)
 
     def _mark(self, node: Node, cuts: list[Cut | None]) -> None:
         """Note how a node's results are cut, and give it local fake values."""
@@ -125,7 +162,7 @@ class Rewriting:
         for each in inputs:  # rules look at whole values
             each.meta["val"] = self._whole[each]
         try:
-            relation = relate(node)
+            relation = self._relations.get(node) or relate(node)
             if relation is None:
                 raise CannotCut(f"{overload_name(node)[0]} has no rule for being cut")
             _Operation(self, node, relation).rewrite()
@@ -141,7 +178,7 @@ class Rewriting:
             raise CannotCut(f"{name} makes a number of what is cut")
         cut = self.state[source][0]
         dim = node.args[1] % len(self.value(source).shape)  # type: ignore[operator]
-        if cut is None or cut.dim != dim:
+        if cut is None or cut.dim != dim or self.dry:
             return
         local, row = cut.split.local_row(self.rank), cut.split.row
         if not local:
@@ -158,6 +195,9 @@ class Rewriting:
         """`value` for work of which each rank does a part; one for all users of a value."""
         if value not in self._needs or not self.value(value).dtype.is_floating_point:
             return value
+        if self.dry:
+            self.note_moved(value)
+            return value
         if value not in self._entered:
             with self.graph.inserting_before(before):
                 made = nodes.collective(self.graph, "enter", value, self.group)
@@ -170,17 +210,17 @@ class Rewriting:
     def part(self, value: Node, cut: Cut, before: Node) -> Node:
         """This rank's part of a whole value."""
         key = (value, cut)
+        if value.op == "placeholder":
+            self.narrowed.add(value.name)
+        if self.dry:
+            return self.enter(value, before)
         if key not in self._parts:
             entered = self.enter(value, before)
             with self.graph.inserting_before(before):
                 made = nodes.take_part(self.graph, entered, cut, self.rank)
-            whole = self.value(value)
-            mine = whole if self.dry else nodes.local_value(whole, cut, self.rank)
-            nodes.inherit(made, before, mine)
+            nodes.inherit(made, before, nodes.local_value(self.value(value), cut, self.rank))
             if value in self._needs:
                 self._needs.add(made)
-            if value.op == "placeholder":
-                self.narrowed.add(value.name)
             self._parts[key] = made
         return self._parts[key]
 
@@ -206,13 +246,31 @@ class Rewriting:
             lengths = [cut.split.local(rank) for rank in range(self.group.size)]
             if cut.split.outer != 1 or len(cut.split.blocks) != 1:
                 raise CannotCut("an output of the model is cut into several pieces")
+            if self.dry:
+                self.note_moved(value)
+                continue
             with self.graph.inserting_before(node):
                 made = nodes.collective(self.graph, "gather", value, self.group, cut.dim, lengths)
             nodes.inherit(made, value, self.value(value))
             made.meta["longest"] = (cut.dim, max(lengths))
             results[at] = made
             self._collective(made, "all_gather", backward=False)
-        node.args = (tuple(results),)
+        if not self.dry:
+            node.args = (tuple(results),)
+
+
+def with_gradient(graph: Graph, trained: frozenset[str]) -> set[Node]:
+    """The nodes that a gradient may pass through: all that come from a trained parameter."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.name in trained or any(each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def numel(sizes: Iterable[Any]) -> int:
+    """The number of elements at the traced sizes."""
+    return math.prod(hint(number) for number in sizes)
 
 
 def is_logits(value: Tensor, cut: Cut) -> bool:
@@ -243,7 +301,9 @@ class _Operation:
         results = [self._cut(terms) for terms in self.relation.results]
         changes = self._operands(bool(summed))
         self.walk.macs += self._macs()
-        if summed and self.relation.special == "embedding":
+        if self.walk.dry:
+            self._note(bool(summed), results)
+        elif summed and self.relation.special == "embedding":
             self._look_up(changes)
         elif summed:
             self._sum(changes)
@@ -251,6 +311,22 @@ class _Operation:
             self._adjust(changes, results)
             self._replace(changes)
             self.walk._mark(self.node, results)
+
+    def _note(self, summed: bool, results: list[Cut | None]) -> None:
+        if summed:
+            self._check_sum()
+            self.walk.moved += numel(self.call.value.shape)
+        else:
+            self.walk.state[self.node] = results
+
+    def _check_sum(self) -> None:
+        added = self.call.get(self.relation.added) if self.relation.added else None
+        if isinstance(added, Node) and self.walk._is_cut(added):
+            raise CannotCut("the bias of a sum over what is cut is cut as well")
+        if self.relation.special == "embedding":
+            weight = self.walk.state.get(self.call["weight"], [None])[0]
+            if weight is None or weight.split.outer != 1 or len(weight.split.blocks) != 1:
+                raise CannotCut("a vocabulary in several pieces")
 
     def _macs(self) -> int:
         macs = self.relation.macs
@@ -342,7 +418,7 @@ class _Operation:
                 raise CannotCut("a sum over what is cut has an operand that is not")
             else:
                 new = self.walk.enter(operand.node, self.node)
-            if new is not operand.node:
+            if wanted is not None or new is not operand.node:
                 self._may_change(operand)
                 changes.append((operand, new))
         return changes
@@ -413,6 +489,7 @@ class _Operation:
 
     def _sum(self, changes: list[tuple[Operand, Node]]) -> None:
         """Partial sums, then their sum, then what is added to it once."""
+        self._check_sum()
         added = self.relation.added
         bias = self.call.get(added) if added else None
         if added is not None and bias is not None:
@@ -425,37 +502,22 @@ class _Operation:
                 self.call.arguments[added] = None
         self._replace(changes)
         if self.relation.special == "mean":
-            self._sum_for_mean()
+            nodes.mean_part(self.node, self.call, self.relation.mean_over)
         last = self.walk.leave(self.node, self.node)
         users = [last]
-        if self.relation.special == "mean":
-            last = self._after(last, aten.mul.Tensor, (last, 1.0 / self.relation.mean_over))
-            users.append(last)
         if isinstance(bias, Node):
             last = self._add(last, bias, users)
         self.node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in users)
 
-    def _sum_for_mean(self) -> None:
-        given = self.call.arguments
-        kept = {"self": given["self"]}
-        if "dim" in given:
-            kept.update(dim=given["dim"], keepdim=given["keepdim"])
-        else:
-            kept.update(dim=None, keepdim=False)
-        self.node.target = aten.sum.dim_IntList
-        nodes.set_arguments(self.node, {**kept, "dtype": None})
-
     def _add(self, last: Node, bias: Node, users: list[Node]) -> Node:
         """The bias, in the shape that it broadcasts from."""
-        if self.walk._is_cut(bias):
-            raise CannotCut("the bias of a sum over what is cut is cut as well")
         position = last
         if self.relation.added == "bias" and self.call.name != "linear":
             value = self.call.value
             at = 1 if value.dim() == len(self.call.shape("weight")) else 0
             ones = [1] * (value.dim() - at - 1)
             position = bias = self._after(last, aten.reshape.default, (bias, [-1, *ones]))
-        last = self._after(position, aten.add.Tensor, (last, bias))
+        last = self._after(position, nodes.add_bias, (last, bias))
         users.append(last)
         return last
 
@@ -474,9 +536,9 @@ class _Operation:
 
     def _look_up(self, changes: list[tuple[Operand, Node]]) -> None:
         """Words of this rank's range are looked up; others count nothing."""
-        weight = self.walk.state.get(self.call["weight"], [None])[0]
-        if weight is None or weight.split.outer != 1 or len(weight.split.blocks) != 1:
-            raise CannotCut("a vocabulary in several pieces")
+        self._check_sum()
+        weight = self.walk.state[self.call["weight"]][0]
+        assert weight is not None
         bounds = weight.split.blocks[0].bounds
         first, last = bounds[self.walk.rank], bounds[self.walk.rank + 1]
         padding = self.call.get("padding_idx", -1)

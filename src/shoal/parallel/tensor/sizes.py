@@ -7,6 +7,7 @@ size(4·s0)   4000012           so factors are found by division, and none is fo
 factors([b, 512], [b, 8, 64])        # [b, 8, 64]
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,11 @@ def size(number: Any) -> int:
     """`number`, an int or a SymInt, as an int."""
     if isinstance(number, int):
         return number
-    expression = number.node.expr
+    return _stand_in(number.node.expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stand_in(expression: Any) -> int:
     values = {symbol: _prime(str(symbol)) for symbol in expression.free_symbols}
     return int(expression.subs(values))
 

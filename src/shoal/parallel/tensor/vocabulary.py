@@ -125,7 +125,7 @@ class CutScores(Tensor):
     def __new__(cls: type["CutScores"], local: Tensor, dim: int, mine: Range) -> "CutScores":
         size = list(local.shape)
         size[dim] = mine.classes
-        made: CutScores = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CutScores = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         made.local, made.cut_dim, made.range, made._whole = local, dim, mine, None
