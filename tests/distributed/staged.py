@@ -48,17 +48,14 @@ def rows_of(case: Case, step: int, start: int, stop: int) -> Rows:
     return Rows(inputs, targets, torch.arange(start, stop)).to("cpu", case.dtype)
 
 
-def train_stages(groups: Any, case: Case, how: How) -> Trace:
-    """Train the case as one of the ranks; what this rank has of each step."""
-    from shoal.job.sharing import share_of
+def built(groups: Any, case: Case, how: How) -> Any:
+    """The case's model in stages, on this rank."""
     from shoal.parallel import Numerics
     from shoal.parallel.pipeline import Staging, build_staged_replica
-    from shoal.sync import build_agreement
 
     torch.manual_seed(case.seed)
-    model = case.build().to(case.dtype).train()
-    replica = build_staged_replica(
-        model,
+    return build_staged_replica(
+        case.build().to(case.dtype).train(),
         case.objective,
         Numerics(case.dtype, **case.execution),
         groups,
@@ -68,6 +65,15 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         normalize_over=case.normalize_over,
         recompute=how.recompute,
     )
+
+
+def train_stages(groups: Any, case: Case, how: How) -> Trace:
+    """Train the case as one of the ranks; what this rank has of each step."""
+    from shoal.job.sharing import share_of
+    from shoal.sync import build_agreement
+
+    replica = built(groups, case, how)
+    model = replica.model
     replica.capture()
     agreement = build_agreement(groups)
     agreement.attach(replica)
@@ -166,4 +172,4 @@ def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:
     return worst
 
 
-__all__ = ["Case", "How", "cast", "compare_staged", "errors_of", "staged", "train_stages"]
+__all__ = ["Case", "How", "built", "cast", "compare_staged", "errors_of", "staged", "train_stages"]

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from onedevice import Case, batches_of, images, summed_cross_entropy
-from staged import How, compare_staged
+from onedevice import Case, _normalize_in_parts, batches_of, images, summed_cross_entropy
+from staged import How, built, compare_staged, rows_of
 from torch import Tensor, nn
 from torch.nn import functional
+
+from shoal.errors import Refused
 
 LIMIT = 1e-10
 
@@ -198,3 +200,117 @@ PP2_DP2, DP2_PP2 = (("pp", 2), ("dp", 2)), (("dp", 2), ("pp", 2))
 )
 def test_equal_to_one_device(pool: Any, tmp_path: Path, case: Case, axes: Any, how: How) -> None:
     check(compare_staged(pool, axes, case, tmp_path, how))
+
+
+def test_tensor_parallel_stages(pool: Any, tmp_path: Path) -> None:
+    axes = (("pp", 2), ("tp", 2))
+    check(compare_staged(pool, axes, texts(0.2), tmp_path, How("zb", 3, random=True)))
+
+
+def test_a_replica_without_rows_takes_part(pool: Any, tmp_path: Path) -> None:
+    few = Case(build=Residual, batches=batches_of(*images(2, side=8), 2, 2), normalize_over=2)
+    check(compare_staged(pool, PP2_DP2, few, tmp_path, How("1f1b", 3)))
+
+
+# ---- evaluation
+
+
+def _evaluated(groups: Any, case: Case, how: How) -> float | None:
+    """The largest difference from one device's outputs in evaluation, where there are any."""
+    from shoal.job.sharing import share_of
+
+    replica = built(groups, case, how)
+    whole = rows_of(case, 0, 0, 20)
+    share = share_of(20, groups.data.size, case.normalize_over or 1)
+    batch = rows_of(case, 0, *share.reads(groups.data.rank))
+    for step in range(2):  # running statistics are no longer those of the beginning
+        replica.forward_backward(batch, step, share, _nobody(groups))
+    outputs = replica.forward(batch, 0, share)
+    torch.manual_seed(case.seed)
+    plain = case.build().to(case.dtype).train()
+    if case.normalize_over is not None:
+        _normalize_in_parts(plain, case.normalize_over)
+    for _ in range(2):
+        plain(whole.inputs)
+    for layer in plain.modules():
+        layer.__dict__.pop("forward", None)
+    expected = plain.eval()(whole.inputs).detach()
+    if outputs is None:
+        return None
+    each = len(expected) // 20
+    start, stop = share.shares[groups.data.rank]
+    return float((outputs - expected[start * each : stop * each]).abs().max())
+
+
+def _nobody(groups: Any) -> Any:
+    from shoal.sync import build_agreement
+
+    return build_agreement(groups).share
+
+
+@pytest.mark.parametrize(
+    ("case", "axes", "how", "last"),
+    [
+        (RESIDUAL, PP3, How("1f1b", 4), {2}),
+        (RESIDUAL, PP2, How("zbv", 3), {0}),
+        (texts(0.3), PP2_DP2, How("interleaved", 3, 2), {2, 3}),
+        (UNETS, PP4, How("gpipe", 6), {3}),
+    ],
+)
+def test_evaluation_runs_in_stages(
+    pool: Any, case: Case, axes: Any, how: How, last: set[int]
+) -> None:
+    ranks = 1
+    for _, degree in axes:
+        ranks *= degree
+    found = pool.run(_evaluated, case, how, ranks=ranks, axes=axes)
+    assert {rank for rank, error in enumerate(found) if error is not None} == last
+    assert max(error for error in found if error is not None) <= LIMIT
+
+
+# ---- bytes, bits
+
+
+def _sent(groups: Any, case: Case, how: How) -> list[Any]:
+    """(bytes by purpose of one step, gradient of the tied weight, its norm, what is held)."""
+    from shoal.job.sharing import share_of
+
+    replica = built(groups, case, how)
+    share = share_of(20, groups.data.size)
+    batch = rows_of(case, 0, *share.reads(groups.data.rank))
+    counter, bytes_before = groups.world.counter, {}
+    for step in range(2):
+        bytes_before = dict(counter.as_dict().get("send", {}))
+        totals = replica.forward_backward(batch, step, share, _nobody(groups))
+        replica.rescale(float(totals[1]))
+    sent = counter.as_dict().get("send", {})
+    bytes_of = {purpose: sent[purpose] - bytes_before.get(purpose, 0) for purpose in sent}
+    held = dict(replica.model.named_parameters(remove_duplicate=False))
+    tied = held.get("head.weight")
+    gradient = None if tied is None else tied.grad.flatten().tolist()
+    norm = float(replica.gradient_norm())
+    return [bytes_of, gradient, norm, sorted(held)]
+
+
+def test_bytes_are_those_of_the_live_values_and_tied_gradients_agree(pool: Any) -> None:
+    found = pool.run(_sent, texts(), How("1f1b", 4), ranks=2, axes=PP2)
+    states = 20 * 6 * 8 * 8  # 20 examples of 6 tokens, 8 numbers of 8 bytes: one value is live
+    tied = 11 * 8 * 8
+    for bytes_of, *_ in found:
+        assert bytes_of.pop("start-up", 0) == 0
+        assert bytes_of == {"activation": states, "gradient": tied, "agreement": 8}
+    (_, first, norm, held), (_, second, other_norm, others) = found
+    assert first == second
+    assert norm == other_norm
+    assert set(held) & set(others) == {"embedding.weight", "head.weight"}
+
+
+def test_statistics_over_the_batch_are_refused_in_microbatches(pool: Any) -> None:
+    case = Case(build=Residual, batches=PICTURES)
+    with pytest.raises(Refused, match="batch norm over the whole batch in a pipeline of 3"):
+        pool.run(_sent, case, How("1f1b", 3), ranks=2, axes=PP2)
+
+
+def test_one_microbatch_may_normalise_over_the_batch(pool: Any, tmp_path: Path) -> None:
+    case = Case(build=Residual, batches=PICTURES)
+    check(compare_staged(pool, PP2_DP2, case, tmp_path, How("1f1b", 1)))
