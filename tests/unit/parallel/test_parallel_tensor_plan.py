@@ -93,7 +93,7 @@ class Odd(nn.Module):
 def test_an_operation_without_a_rule_keeps_its_operands_whole() -> None:
     made = planned(Odd(), torch.randn(4, 6))
     assert "a.weight" not in made.cuts
-    assert "fft_fft" in made.text()
+    assert "has no rule for being cut" in made.text()
 
 
 def test_a_plan_is_the_same_each_time() -> None:

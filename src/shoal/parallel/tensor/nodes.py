@@ -6,7 +6,7 @@ Their targets are functions with the group inside: a graph holds no argument tha
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,7 @@ from shoal.comm import Group
 from shoal.comm.differentiable import enter, gather, leave
 from shoal.parallel.tensor.calls import Call
 from shoal.parallel.tensor.sizes import is_symbolic, size
-from shoal.parallel.tensor.split import Split
-
-if TYPE_CHECKING:
-    from shoal.parallel.tensor.rewrite import Cut
+from shoal.parallel.tensor.split import Cut, Split
 
 aten = torch.ops.aten
 _OTHER = {
@@ -62,7 +59,7 @@ def _gather(group: Group, dim: int, lengths: list[int]) -> Callable[[Tensor], Te
     return tensor_gather
 
 
-def take_part(graph: Graph, value: Node, cut: "Cut", rank: int) -> Node:
+def take_part(graph: Graph, value: Node, cut: Cut, rank: int) -> Node:
     """This rank's part of a whole value, at the graph's point of insertion."""
     split = cut.split
     if split.outer == 1 and len(split.blocks) == 1:
@@ -147,7 +144,7 @@ def inherit(made: Node, source: Node, value: Any) -> None:
     made.meta["val"] = value
 
 
-def local_value(whole: Tensor, cut: "Cut | None", rank: int) -> Tensor:
+def local_value(whole: Tensor, cut: Cut | None, rank: int) -> Tensor:
     """A fake tensor in the shape of this rank's part."""
     if cut is None:
         return whole
@@ -160,7 +157,7 @@ def local_value(whole: Tensor, cut: "Cut | None", rank: int) -> Tensor:
     return whole.new_empty(sizes)
 
 
-def describe(node: Node, cut: "Cut | None", rank: int) -> None:
+def describe(node: Node, cut: Cut | None, rank: int) -> None:
     """``meta["cut"] = (dim, offset, global size)``; offset None where the part is several ranges.
 
     ``meta["split"] = (dim, Split, rank)`` says it in every case.

@@ -22,9 +22,9 @@ from shoal.layout import Part, Slice
 from shoal.parallel.tensor.choose import choose
 from shoal.parallel.tensor.classes import Analysis, Class, find_classes
 from shoal.parallel.tensor.relation import Relation
-from shoal.parallel.tensor.rewrite import CannotCut, Cut, Rewriting, numel, with_gradient
-from shoal.parallel.tensor.sizes import shape
-from shoal.parallel.tensor.split import Block, Split, even_bounds
+from shoal.parallel.tensor.rewrite import Rewriting, with_gradient
+from shoal.parallel.tensor.sizes import numel, shape
+from shoal.parallel.tensor.split import Block, CannotCut, Cut, Split, even_bounds
 
 G = TypeVar("G", bound="Graphed")
 

@@ -9,7 +9,8 @@ factors([b, 512], [b, 8, 64])        # [b, 8, 64]
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def hint(number: Any) -> int:
         return number
     found = number.node.hint
     return int(found) if found is not None else 2
+
+
+def numel(sizes: Iterable[Any]) -> int:
+    """The number of elements at the traced sizes."""
+    return math.prod(hint(number) for number in sizes)
 
 
 def shape(value: torch.Tensor) -> list[int]:
