@@ -168,7 +168,8 @@ class Groups:
     bucket in flight). ``tensor`` are those that share this rank's layers, ``pipeline`` its
     neighbours in the other stages, ``model`` both: one replica. ``shard`` are the ranks of ``data``
     that keep one part of the model in pieces between them (ZeRO), ``copies`` those that hold the
-    same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks over
+    same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks
+    over
     connections for the thread that saves while the others are in use: host memory only.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.

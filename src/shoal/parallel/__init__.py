@@ -8,7 +8,6 @@ The order: batch statistics → dropout → recompute → memory format, product
 
 import shutil
 import sys
-
 from dataclasses import dataclass, field
 
 import torch
@@ -45,8 +44,8 @@ __all__ = [
     "LocalBatch",
     "Numerics",
     "Objective",
-    "Replica",
     "Persistent",
+    "Replica",
     "Share",
     "Split",
     "Start",

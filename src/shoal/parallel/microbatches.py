@@ -1,12 +1,12 @@
 """A rank's share of a global batch, and the microbatches that it is worked through in.
 
-    global batch     0 1 2 3 4 5 6 7 8 9 | 10 11 …
-    rank 0           0 1 2 3 4 5                       shares
-    microbatches     0 1 2 │ 3 4 5                     mb:2
-    groups of 2      0 1 2 3 │ 4 5                     … along the borders of statistics groups
+global batch     0 1 2 3 4 5 6 7 8 9 | 10 11 …
+rank 0           0 1 2 3 4 5                       shares
+microbatches     0 1 2 │ 3 4 5                     mb:2
+groups of 2      0 1 2 3 │ 4 5                     … along the borders of statistics groups
 
-    for part, counts in microbatches(batch, share, rank, 2, 1, together=False):
-        …
+for part, counts in microbatches(batch, share, rank, 2, 1, together=False):
+    …
 """
 
 import copy

@@ -1,6 +1,6 @@
 """What a rank keeps of a replica's states, as the training step sees it; `Whole` keeps all.
 
-    backward ▸ finish ─ take_gradients ─ (norm, clip, optimizer) ─ spread ▸ next forward
+backward ▸ finish ─ take_gradients ─ (norm, clip, optimizer) ─ spread ▸ next forward
 """
 
 from typing import Protocol
