@@ -67,6 +67,7 @@ class Replica:
 def test_a_gradient_that_comes_twice_is_refused() -> None:
     model, agreement = nn.Linear(2, 2), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
+    agreement.share(torch.zeros(2, dtype=torch.float64))  # the last backward pass begins
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(RunError, match="added to twice"):
         model(torch.ones(1, 2)).sum().backward()
