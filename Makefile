@@ -10,10 +10,10 @@ PEERS_INSTALL := $(PEERS)/bin/python -I -m pip install --quiet --disable-pip-ver
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long lint bench docs clean
+.PHONY: help install train test test-long coverage-table lint bench docs clean
 
 help:  ## Show the verbs
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## Make .venv with Shoal and what development needs
 
@@ -30,6 +30,9 @@ test: $(INSTALLED)  ## Run the tests (under 10 minutes on 2 cores)
 
 test-long: $(INSTALLED)  ## Run the tests that take minutes each
 	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 1800
+
+coverage-table: $(INSTALLED)  ## Verify every model of the zoo under every strategy; writes docs/coverage.md
+	$(TEST_ENV) $(BIN)/python tests/coverage
 
 lint: $(INSTALLED)  ## Style, types, layers
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from shoal.version import __version__
 if TYPE_CHECKING:
     from shoal import errors
     from shoal.cluster import Cluster
+    from shoal.predict import export
     from shoal.recipe import Recipe
     from shoal.run import Run
     from shoal.strategy import Strategy
@@ -27,6 +28,7 @@ __all__ = [
     "Strategy",
     "__version__",
     "errors",
+    "export",
     "train",
     "verify",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "Recipe": "shoal.recipe",
     "Run": "shoal.run",
     "Strategy": "shoal.strategy",
+    "export": "shoal.predict",
     "train": "shoal.train",
     "verify": "shoal.verify",
 }

@@ -13,6 +13,7 @@
     │   ├── NoGradient             a loss that no parameter can learn from
     │   ├── NotFinite              a loss or a gradient that is NaN or infinite
     │   ├── DiskFull               a checkpoint that could not be written
+    │   ├── OutOfMemory            a tensor that did not fit on a rank
     │   ├── CheckpointDamaged      a checkpoint that is not what was written
     │   ├── RanksDiffer            ranks that start from other versions, recipes, weights or data
     │   ├── ReplicasDiffer         replicas whose weights have drifted apart
@@ -178,6 +179,10 @@ class NotFinite(RunError):
 
 class DiskFull(RunError):
     """A file that could not be written for want of space."""
+
+
+class OutOfMemory(RunError):
+    """A tensor for which a rank had no memory left."""
 
 
 class CheckpointDamaged(RunError):

@@ -53,7 +53,6 @@ class Tagger(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-        layer.self_attn.dropout = 0.0  # inside torch's kernel: not a layer that can be counted
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8, 5)
 

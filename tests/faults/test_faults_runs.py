@@ -82,6 +82,33 @@ def test_the_folder_has_what_is_promised(finished):
     assert "report  run/report.html" in done.errors
 
 
+def test_a_finished_run_is_exported_and_loads_into_the_plain_model(finished):
+    import safetensors.torch
+    from torch import nn
+
+    shoal, _ = finished
+    done = shoal.run("export", "run", "--out", "weights/model.safetensors", "--json")
+    assert done.status == 0
+    assert done.document["out"] == "weights/model.safetensors"
+    file = shoal.folder / done.document["out"]
+    assert done.document["bytes"] == file.stat().st_size
+    weights = safetensors.torch.load_file(file)
+    assert done.document["tensors"] == len(weights)
+    nn.ModuleDict({"linear": nn.Linear(36, 3)}).load_state_dict(weights)
+
+
+def test_what_cannot_be_exported_is_said(finished):
+    shoal, _ = finished
+    for arguments, words in (
+        (("nothing-here", "--out", "a.safetensors"), "nothing-here"),
+        (("run", "--out", "run"), "run is a folder, and weights go into one file"),
+    ):
+        done = shoal.run("export", *arguments)
+        assert done.status == 2
+        assert words in done.errors
+        assert "Traceback" not in done.errors
+
+
 def test_a_finished_run_is_not_resumed(finished):
     shoal, _ = finished
     done = shoal.train(*DP2, "--resume")

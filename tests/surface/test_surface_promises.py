@@ -19,6 +19,7 @@ OPTIONS = {
         "--strategy", "-s", "--out", "--set", "--resume", "--max-restarts", "--comm", "--verbose",
         "--json", "--debug", "--help", "-h",
     },
+    "export": {"--out", "--json", "--debug", "--help", "-h"},
     "verify": {
         "--strategy", "-s", "--steps", "--set", "--out", "--json", "--debug", "--help", "-h",
     },
@@ -27,8 +28,8 @@ OPTIONS = {
 
 def test_public_names():
     assert set(shoal.__all__) == {
-        "Certificate", "Cluster", "Recipe", "Run", "Strategy", "__version__", "errors", "train",
-        "verify",
+        "Certificate", "Cluster", "Recipe", "Run", "Strategy", "__version__", "errors",
+        "export", "train", "verify",
     }  # fmt: skip
     for name in shoal.__all__:
         assert getattr(shoal, name) is not None

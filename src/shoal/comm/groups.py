@@ -127,7 +127,7 @@ class Group:
         self._count("send", purpose, tensor)
         with peer_failures():
             work = dist.isend(tensor, group=self.process_group, group_dst=to)
-        return Pending(tensor, work, self.counter)
+        return Pending(tensor, work)  # gloo's sends have no future that could tell their end
 
     def receive(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
         """Fill `tensor`, contiguous, with what the group's rank `source` sends; returns it."""
@@ -169,8 +169,7 @@ class Groups:
     neighbours in the other stages, ``model`` both: one replica. ``shard`` are the ranks of ``data``
     that keep one part of the model in pieces between them (ZeRO), ``copies`` those that hold the
     same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks
-    over
-    connections for the thread that saves while the others are in use: host memory only.
+    over connections for the thread that saves while the others are in use: host memory only.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.
     """

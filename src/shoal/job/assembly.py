@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from shoal import learn
 from shoal.checkpoint import Checkpoint
 from shoal.checkpoint.optimizer_state import restore
 from shoal.comm import Groups
+from shoal.errors import Refused
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
+from shoal.parallel.pipeline import StagedReplica, Staging, build_staged_replica
 from shoal.sync import Agreement, build_agreement
 
 
@@ -22,10 +26,11 @@ class Job:
 
     groups: Groups
     workload: Workload
-    replica: Replica
+    replica: Replica | StagedReplica
     agreement: Agreement
     optimizer: torch.optim.Optimizer
     next_step: int = 0
+    group_names: tuple[tuple[str, ...], ...] = ()  # of the optimizer's groups, over all ranks
     warnings: tuple[str, ...] = ()  # what whoever started the run should know
 
     @property
@@ -94,7 +99,31 @@ def assemble(
         _restore_model(state, model)
     look(model)
     model.to(groups.device)
-    replica = build_replica(
+    # Over the whole model: a rank of a pipeline may hold none of some group's parameters.
+    optimizer = workload.build_optimizer(model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    group_names = tuple(
+        tuple(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups
+    )
+    build = _staged if execution.staged else _eager
+    replica = build(groups, workload, execution, model)
+    _rebind(optimizer, names, dict(replica.holding.named_parameters()))
+    cut = execution.zero or groups.tensor.size > 1
+    warnings = learn.check_cut(optimizer) if cut else ()
+    agreement = build_agreement(groups, summed=replica.sums_gradients)
+    agreement.attach(replica)
+    job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings)
+    if state is not None:
+        _restore_optimizer(state, job)
+        job.next_step = state.step
+    return job
+
+
+def _eager(groups: Groups, workload: Workload, execution: Execution, model: nn.Module) -> Replica:
+    """The user's module, called as it is."""
+    return build_replica(
         model,
         workload.objective,
         execution.numerics,
@@ -105,17 +134,61 @@ def assemble(
         recompute=execution.recompute,
         compiled=execution.compiled,
     )
-    optimizer = workload.build_optimizer(replica.holding)
+
+
+def _staged(
+    groups: Groups, workload: Workload, execution: Execution, model: nn.Module
+) -> StagedReplica:
+    """The model traced, and cut between its layers or in them."""
+    return build_staged_replica(
+        model.train(),
+        workload.objective,
+        execution.numerics,
+        groups,
+        Staging(execution.schedule, execution.microbatches, execution.chunks),
+        _example(workload, groups, execution),
+        seed=workload.seed,
+        normalize_over=workload.normalize_over,
+        recompute=execution.recompute,
+        zero=execution.zero,
+        offload=execution.offload,
+    )
+
+
+def _example(workload: Workload, groups: Groups, execution: Execution) -> Any:
+    """Inputs as a replica's share has them, of two rows at least: one alone is there twice."""
+    examples = workload.feed.batch_examples(0)
+    rows = max(min(2, examples), -(-examples // groups.data.size))
+    batch = workload.feed.read(0, 0, rows).to(
+        groups.device, execution.dtype, channels_last=execution.channels_last
+    )
+    return batch.inputs if rows > 1 else tree_map(_twice, batch.inputs)
+
+
+def _twice(leaf: Any) -> Any:
+    return torch.cat((leaf, leaf)) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def _rebind(
+    optimizer: torch.optim.Optimizer,
+    names: dict[nn.Parameter, str],
+    held: dict[str, nn.Parameter],
+) -> None:
+    """Let an optimizer of the whole model update what this rank holds of it.
+
+    Groups stay where they are, and may become empty. Raises `Refused` for one that has made its
+    state already: that is of the whole parameters.
+    """
+    same = all(held.get(name) is parameter for parameter, name in names.items())
+    if optimizer.state and not same:
+        raise Refused(
+            f"{type(optimizer).__name__} makes its state before the first step, for whole "
+            "parameters, and this strategy cuts them",
+            hint="Use an optimizer that makes its state in its first step (sgd, adam, adamw).",
+        )
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    warnings = learn.check_cut(optimizer) if execution.zero else ()
-    agreement = build_agreement(groups, summed=replica.sums_gradients)
-    agreement.attach(replica)
-    job = Job(groups, workload, replica, agreement, optimizer, warnings=warnings)
-    if state is not None:
-        _restore_optimizer(state, job)
-        job.next_step = state.step
-    return job
+        found = [held.get(names[parameter]) for parameter in group["params"]]
+        group["params"] = [parameter for parameter in found if parameter is not None]
 
 
 def _restore_model(state: Checkpoint, model: nn.Module) -> None:

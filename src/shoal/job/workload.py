@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shoal import data, learn, models
 from shoal.job.sharing import share_of
 from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
+from shoal.parallel.pipeline import StagedReplica
 from shoal.recipe import Recipe
 from shoal.strategy import Strategy
 
@@ -41,6 +42,9 @@ class Execution:
     recompute: bool = False
     zero: int = 0
     microbatches: int = 1
+    staged: bool = False
+    schedule: str = "1f1b"
+    chunks: int | None = None
     offload: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -53,6 +57,9 @@ class Execution:
             recompute=strategy.recompute is not None,
             zero=strategy.zero.stage if strategy.zero is not None else 0,
             microbatches=strategy.microbatches,
+            staged=strategy.pp * strategy.tp > 1,
+            schedule=strategy.schedule.method if strategy.schedule is not None else "1f1b",
+            chunks=strategy.schedule.chunks if strategy.schedule is not None else None,
             offload=strategy.offload,
             dtype=dtype,
         )
@@ -145,7 +152,7 @@ def workload_of(recipe: Recipe) -> Workload:
 
 
 def local_batch(
-    feed: Feed, step: int, rank: int, replica: Replica, last_step: int
+    feed: Feed, step: int, rank: int, replica: Replica | StagedReplica, last_step: int
 ) -> tuple[LocalBatch, Share]:
     """This rank's rows of a step, on the replica's device and in its precision; and all shares.
 

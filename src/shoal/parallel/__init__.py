@@ -17,7 +17,8 @@ from shoal.comm import Group, Groups
 from shoal.errors import Refused
 from shoal.parallel.microbatches import LocalBatch, Share, cut
 from shoal.parallel.pointwise import use_products
-from shoal.parallel.randomness import CountedDropout, StepKey, use_counted_dropout
+from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.randomness.compiling import counting_backend, keep_masks_uncompiled
 from shoal.parallel.recompute import use_recompute
 from shoal.parallel.replica import (
     Body,
@@ -109,16 +110,18 @@ def build_replica(
             use_products(model)
     # The user's own model may be compiled in part; then the compiler is there by now.
     if compiled or "torch._dynamo" in sys.modules:
-        # Collectives within the network, and masks whose key is a number of the step: a graph
-        # would hold the number, and be good for one step.
+        # Collectives within the network.
         keep_uncompiled(GroupBatchNorm, "normalise_across")
-        keep_uncompiled(CountedDropout, "drop")
+        keep_masks_uncompiled()
     if compiled:
         _require_compiler()
         # Not dynamic: a graph that torch has generalised after the first partial batch would serve
         # later whole ones, and a resumed run, which has not seen it, would round differently.
-        model.compile(dynamic=False)
-    body = Body(model, objective, numerics)
+        # What the compiler leaves to the interpreter has its masks by the key, from the first pass
+        # on: graphs are good for one way of running only.
+        key.intercepts = True
+        model.compile(dynamic=False, backend=counting_backend)
+    body = Body(model, objective, numerics, key)
     states = shard(split.zero, body, model, split.groups, offload=split.offload)
     return Replica(body, numerics, groups, key, states, split.microbatches)
 

@@ -4,12 +4,16 @@
     rank 0         0 1 2 3   4                      group 1 lies on both ranks: its mean and
     rank 1                     5 6 7   8 9          variance are combined from both parts
 
-``normalize_over: batch`` is one group, the whole batch.
+``normalize_over: batch`` is one group, the whole batch. A replica that computes its rows in several
+microbatches, each of whole groups, says so by `microbatch`; what its layers note of each is one
+step's in the end.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from torch import Tensor
 from shoal.comm import Group, Pending
 from shoal.errors import RunError
 from shoal.parallel.running import Tracker, track
+
+Noted: TypeAlias = tuple[Tracker, Tensor, Tensor]  # a layer, means and variances of each group
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,17 @@ class BatchGroups:
     normalize_over: int | None  # None: the whole batch is one group
     group: Group
     count: int = 1
+    batch_examples: int = 0
     spans: tuple[Span, ...] = ()
     local_rows: int = 0
     stands_in: bool = False  # the rows are no part of this rank's share, and have no weight
     crosses: bool = False
     recomputing: bool = False
-    _pending: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
-    _sent: list[tuple[Tracker, Tensor, Tensor]] = field(default_factory=list)
+    _calls: Counter[int] = field(default_factory=Counter)
+    _pending: dict[tuple[int, int], Noted] = field(default_factory=dict)
+    _sent: list[Noted] = field(default_factory=list)
     _sum: Pending | None = None
-    _there: set[int] = field(default_factory=set)  # groups whose statistics are noted
-    _calls: int = 0  # of layers, in the forward pass in hand
+    _there: set[int] = field(default_factory=set)  # groups with rows here, in any microbatch
 
     def begin(
         self,
@@ -61,26 +68,26 @@ class BatchGroups:
         weight, if that is not what the shares say. What microbatches note is put together.
         """
         size = self.normalize_over or max(1, batch_examples)
+        self.batch_examples = batch_examples
         self.count = max(1, -(-batch_examples // size))
         self.local_rows = len(rows)
         start, stop = shares[self.group.rank]
         self.stands_in = start == stop and self.local_rows > 0 if stands_in is None else stands_in
-        group_of_row = torch.div(rows, size, rounding_mode="floor")
-        numbers, lengths = torch.unique_consecutive(group_of_row, return_counts=True)
-        first, spans = 0, []
-        for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
-            spans.append(Span(number, slice(first, first + length)))
-            first += length
-        self.spans = tuple(spans)
+        self.spans = _spans(rows, size)
         borders = [stop for _, stop in shares if 0 < stop < batch_examples]
         self.crosses = self.group.size > 1 and any(border % size for border in borders)
-        self._calls = 0
+        self._calls.clear()
         if microbatch == 0:
             self._pending.clear()
             self._there.clear()
             self._sum = None
         if not self.stands_in:
             self._there.update(span.group for span in self.spans)
+
+    def microbatch(self, rows: Tensor) -> None:
+        """Let the layers see some of the step's rows only: whole groups of them."""
+        self.local_rows = len(rows)
+        self.spans = _spans(rows, self.normalize_over or max(1, self.batch_examples))
 
     def spans_of(self, rows: int) -> tuple[Span, ...]:
         """The spans of a layer's input of `rows` rows.
@@ -114,15 +121,22 @@ class BatchGroups:
         finally:
             self.recomputing = False
 
-    def track_later(self, layer: Tracker, means: Tensor, variances: Tensor) -> None:
-        """Note the statistics ``[groups, C]`` of the groups on this rank; zero for the others."""
-        place, self._calls = self._calls, self._calls + 1
-        if place < len(self._pending):  # an earlier microbatch has noted other groups
-            _, others, more = self._pending[place]
-            others.add_(means)
-            more.add_(variances)
-        else:
-            self._pending.append((layer, means, variances))
+    def track_later(
+        self, layer: Tracker, means: Tensor, variances: Tensor, call: int | None = None
+    ) -> None:
+        """Note the statistics ``[groups, C]`` of the groups on this rank; zero for the others.
+
+        ``call``: which of the layer's calls in the forward pass this is, None to count them. The
+        same call of another microbatch has other groups, and is added to the first.
+        """
+        if call is None:
+            call = self._calls[id(layer)]
+            self._calls[id(layer)] += 1
+        noted = self._pending.get((id(layer), call))
+        if noted is not None:
+            # Not in place: torch keeps the tensors for the backward pass.
+            means, variances = noted[1] + means, noted[2] + variances
+        self._pending[id(layer), call] = (layer, means, variances)
 
     def send(self) -> None:
         """Start to bring the statistics of groups that lie whole on one rank to all ranks.
@@ -134,7 +148,8 @@ class BatchGroups:
             return
         # Taken now: a block that the user's own code checkpoints runs again in the backward pass,
         # and what it notes there has been counted.
-        self._sent, self._pending = self._pending, []
+        self._sent = list(self._pending.values())
+        self._pending.clear()
         kind = self._sent[0][1]
         present = kind.new_zeros(self.count, 1)
         if self._there:
@@ -157,3 +172,14 @@ class BatchGroups:
         for _, means, variances in self._sent:
             yield means.shape[1]
             yield variances.shape[1]
+
+
+def _spans(rows: Tensor, size: int) -> tuple[Span, ...]:
+    """Rows (positions in the global batch) by groups of `size` consecutive positions."""
+    group_of_row = torch.div(rows, size, rounding_mode="floor")
+    numbers, lengths = torch.unique_consecutive(group_of_row, return_counts=True)
+    first, spans = 0, []
+    for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
+        spans.append(Span(number, slice(first, first + length)))
+        first += length
+    return tuple(spans)

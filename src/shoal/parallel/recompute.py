@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shoal.errors import Refused
 from shoal.parallel.batch_groups import BatchGroups
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.randomness import Moment, StepKey, replaying, run_within
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -59,7 +59,7 @@ def use_recompute(model: nn.Module, groups: BatchGroups, key: StepKey) -> int:
         )
 
     def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _again(groups, key, dict(key.calls))
+        return contextlib.nullcontext(), _again(groups, key, key.moment())
 
     for block in blocks:
         _wrap(block, contexts)
@@ -67,9 +67,9 @@ def use_recompute(model: nn.Module, groups: BatchGroups, key: StepKey) -> int:
 
 
 @contextlib.contextmanager
-def _again(groups: BatchGroups, key: StepKey, calls: dict[str, int]) -> Iterator[None]:
+def _again(groups: BatchGroups, key: StepKey, moment: Moment) -> Iterator[None]:
     """A block runs again: the same dropout masks, and statistics not counted a second time."""
-    with groups.recomputation(), key.replaying(calls):
+    with groups.recomputation(), replaying(key, moment):
         yield
 
 
@@ -79,6 +79,8 @@ def _wrap(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return plain(*args, **kwargs)
-        return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts}
+        # In the backward pass nobody calls the block, and yet it is the block that runs.
+        return checkpoint(run_within, block, plain, *args, **options, **kwargs)
 
     block.forward = forward

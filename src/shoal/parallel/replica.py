@@ -27,7 +27,7 @@ from shoal.comm import Pending, is_peer_failure
 from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
 from shoal.layout import Part
 from shoal.parallel.microbatches import LocalBatch, Share, joined, microbatches
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.randomness import StepKey, counted, intercepting
 from shoal.parallel.statistics import BatchGroups
 from shoal.parallel.zero.states import States, Whole
 
@@ -49,9 +49,16 @@ class Numerics:
 class Body(nn.Module):
     """Model and objective as one module that returns (Σ loss, Σ count)."""
 
-    def __init__(self, model: nn.Module, objective: Objective, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        numerics: Numerics,
+        randomness: StepKey | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self._randomness = randomness if randomness is not None else StepKey(0)
         self._objective = objective
         self._numerics = numerics
         self.kept: list[Any] = []  # outputs of each microbatch
@@ -67,12 +74,13 @@ class Body(nn.Module):
         """(Σ loss, Σ count), or the model's outputs."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._numerics.bf16):
-            outputs = call_model(self.model, inputs)
+            with counted(self._randomness, self.model):
+                outputs = call_model(self.model, inputs)
             if outputs_only:
                 return outputs
             total, count = call_objective(self._objective, outputs, targets)
         if self.capture:
-            self.kept.append(_each(_detached if self.counts else _no_rows, outputs))
+            self.kept.append(each_tensor(detached if self.counts else no_rows, outputs))
         return (total, count) if self.counts else (total * 0.0, count * 0.0)
 
 
@@ -107,6 +115,11 @@ class Replica:
     def holding(self) -> nn.Module:
         """The user's module with the tensors that this rank keeps and updates, by their names."""
         return self.states.holding
+
+    @property
+    def judges(self) -> bool:
+        """Whether this rank is the one of its replica that has outputs for metrics."""
+        return True
 
     @property
     def sums_gradients(self) -> bool:
@@ -168,7 +181,8 @@ class Replica:
                 # Agreements send gradients from here on: no backward pass comes after this one.
                 totals = start(sums)
                 self._groups.send()
-            (loss_sum / self._divisor).backward()
+            with intercepting(self._randomness):
+                (loss_sum / self._divisor).backward()
         self._groups.finish()
         self.states.finish()
         assert totals is not None  # there is one part at least
@@ -239,7 +253,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     except ShoalError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise _user_error("the model's forward", error) from error
+        raise user_error("the model's forward", error) from error
 
 
 def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -249,10 +263,13 @@ def call_objective(objective: Objective, outputs: Any, targets: Any) -> tuple[Te
     except ShoalError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise _user_error("the objective", error) from error
+        raise user_error("the objective", error) from error
 
 
-def _user_error(what: str, error: Exception) -> ShoalError:
+def user_error(what: str, error: Exception) -> ShoalError:
+    refused = getattr(error, "inner_exception", None)  # what torch's compiler has wrapped
+    if isinstance(refused, ShoalError):
+        return refused
     if is_peer_failure(error):
         return PeerLost(str(error).splitlines()[0])
     return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))
@@ -265,7 +282,7 @@ def _users_line(error: Exception) -> str | None:
     return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
 
 
-def _each(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+def each_tensor(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """A copy of a model's outputs with each tensor changed; dataclasses are looked into as well."""
 
     def changed(leaf: Any) -> Any:
@@ -276,15 +293,15 @@ def _each(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
         copied = copy.copy(leaf)
         for part in fields(leaf):
             # A frozen one too: the copy is nobody's yet.
-            object.__setattr__(copied, part.name, _each(function, getattr(leaf, part.name)))
+            object.__setattr__(copied, part.name, each_tensor(function, getattr(leaf, part.name)))
         return copied
 
     return tree_map(changed, outputs)
 
 
-def _detached(tensor: Tensor) -> Tensor:
+def detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _no_rows(tensor: Tensor) -> Tensor:
-    return _detached(tensor[:0] if tensor.dim() else tensor)
+def no_rows(tensor: Tensor) -> Tensor:
+    return detached(tensor[:0] if tensor.dim() else tensor)

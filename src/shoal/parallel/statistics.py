@@ -11,6 +11,8 @@ and the running statistics take one step per group, in the order of groups, on o
     groups.finish()
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +26,9 @@ from shoal.parallel.single_value import refuse_single
 from shoal.parallel.specialise import specialise
 
 __all__ = ["BatchGroups", "GroupBatchNorm", "use_groups"]
+
+
+Affine: TypeAlias = tuple[Tensor | None, Tensor | None]  # weight and bias
 
 
 class GroupBatchNorm(_BatchNorm):
@@ -40,56 +45,78 @@ class GroupBatchNorm(_BatchNorm):
             )
         return self.normalise_across(input) if self.groups.crosses else self._within(input)
 
+    def normalise(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, call: int
+    ) -> Tensor:
+        """As in training, with a weight and a bias that are given: for a traced graph.
+
+        ``call``: which of this layer's calls in the forward pass this is.
+        """
+        affine = weight, bias
+        if self.groups.crosses:
+            return self.normalise_across(input, affine)
+        return self._within(input, affine, call)
+
     @property
     def _tracks(self) -> bool:
         """Whether this call is one that running statistics are to learn from."""
         wanted = self.training and self.track_running_stats and self.running_mean is not None
         return wanted and not self.groups.recomputing
 
-    def _within(self, input: Tensor) -> Tensor:
+    def _within(
+        self, input: Tensor, affine: Affine | None = None, call: int | None = None
+    ) -> Tensor:
         """Every group lies whole on one rank: torch's own kernel on each group's rows."""
         kind = torch.promote_types(input.dtype, torch.float32)
-        means = input.new_zeros(self.groups.count, self.num_features, dtype=kind)
+        # Not num_features: the channels may be cut, and these some of them.
+        means = input.new_zeros(self.groups.count, input.shape[1], dtype=kind)
+        weight, bias = affine or (self.weight, self.bias)
         variances = torch.zeros_like(means)
         if self.groups.stands_in:
-            outputs = [self._by_itself(input)]
+            outputs = [self._by_itself(input, weight, bias)]
         else:
             spans = self.groups.spans_of(input.shape[0])
             parts = zip(_cut(input, spans), spans, strict=True)
-            outputs = [self._of_group(part, s.group, means, variances) for part, s in parts]
+            outputs = [
+                self._of_group(part, s.group, (means, variances), (weight, bias))
+                for part, s in parts
+            ]
         if self._tracks:
-            self.groups.track_later(self, means, variances)
+            self.groups.track_later(self, means, variances, call)
         if len(outputs) == 1:
             return outputs[0]
-        return torch.cat(outputs) if outputs else _empty_like(input, self.weight, self.bias)
+        return torch.cat(outputs) if outputs else _empty_like(input, weight, bias)
 
-    def _of_group(self, part: Tensor, group: int, means: Tensor, variances: Tensor) -> Tensor:
+    def _of_group(
+        self, part: Tensor, group: int, statistics: tuple[Tensor, Tensor], affine: Affine
+    ) -> Tensor:
         """The rows of one group, normalised; its statistics go into their rows."""
         if part.numel() == part.shape[1]:
             raise refuse_single(group)
+        (means, variances), (weight, bias) = statistics, affine
         # A momentum of 1 leaves the group's own mean and unbiased variance in the rows.
         return functional.batch_norm(
             part,
             means[group],
             variances[group],
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training=True,
             momentum=1.0,
             eps=self.eps,
         )
 
-    def _by_itself(self, input: Tensor) -> Tensor:
+    def _by_itself(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Rows without weight, whose output only has to be a sensible number."""
         axes = [axis for axis in range(input.dim()) if axis != 1]
         kind = torch.promote_types(input.dtype, torch.float32)
         variance, mean = torch.var_mean(input.detach().to(kind), axes, correction=0)
-        return functional.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
+        return functional.batch_norm(input, mean, variance, weight, bias, eps=self.eps)
 
-    def normalise_across(self, input: Tensor) -> Tensor:
+    def normalise_across(self, input: Tensor, affine: Affine | None = None) -> Tensor:
         """Some group lies on several ranks: combine the parts, here and in the backward pass."""
         output, means, variances, counts = BatchNormAcross.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, self.eps, self.groups
+            input, *(affine or (self.weight, self.bias)), self.eps, self.groups
         )
         if self._tracks:
             self.track(means, variances, (counts.flatten() > 0).to(means.dtype))

@@ -49,7 +49,7 @@ def evaluate(job: Job) -> Evaluation:
             pairs = _one_batch(job, feed, step, names, bad)
             if pairs:
                 sums += _stacked(pairs, sums.device)
-    totals, counts = job.groups.data.all_reduce(sums.cpu(), "evaluation").tolist()
+    totals, counts = job.groups.world.all_reduce(sums.cpu(), "evaluation").tolist()
     metrics = {
         name: total / count
         for name, total, count in zip(names, totals, counts, strict=True)
@@ -80,9 +80,11 @@ def _one_batch(
     try:
         rank, last = job.groups.data.rank, feed.steps_per_epoch - 1
         batch, share = local_batch(feed, step, rank, job.replica, last)
-        bad.extend(getattr(batch, "bad", ()))
+        if job.groups.speaks:  # all ranks of a replica read the same rows
+            bad.extend(getattr(batch, "bad", ()))
         outputs: Any = job.replica.forward(batch, step, share)
-        if share.is_empty(rank):  # it has stood in for one: no row of it counts
+        # Another rank of the replica has them, or it has stood in: no row of it counts.
+        if not job.replica.judges or share.is_empty(rank):
             return []
         pairs: list[tuple[Any, Any]]
         pairs = [call_objective(job.workload.objective, outputs, batch.targets)]

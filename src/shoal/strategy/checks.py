@@ -131,22 +131,35 @@ def _nearest_divisors(number: int, near: int) -> list[int]:
 
 def not_yet(strategy: Strategy) -> list[str]:
     """The parts of a strategy that the notation knows and this version can't run."""
-    names = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert"}
+    names = {"cp": "context", "ep": "expert"}
     missing = [
         f"{axis}{degree} ({names[axis]} parallelism)"
         for axis, degree in strategy.axes
         if axis in names
     ]
-    parts = (strategy.compress, strategy.schedule)
-    missing += [str(part) for part in parts if part is not None]
+    if strategy.compress is not None:
+        missing.append(str(strategy.compress))
     if not isinstance(strategy.agreement, Sync):
         missing.append(str(strategy.agreement))
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
+    missing += _not_staged_yet(strategy)
     if strategy.sp:
         missing.append("sp")
     if strategy.recompute == "selective":
         missing.append("recompute:selective")
     if strategy.exact is not None:
         missing.append(f"exact:{strategy.exact}")
+    return missing
+
+
+def _not_staged_yet(strategy: Strategy) -> list[str]:
+    """What a model that is traced and cut (pp, tp) can't be combined with yet."""
+    if strategy.pp * strategy.tp == 1:
+        return []
+    missing = []
+    if strategy.zero is not None and strategy.zero.stage > 1:
+        missing.append(f"{strategy.zero} with pp or tp")
+    if strategy.compile:
+        missing.append("+compile with pp or tp")
     return missing

@@ -20,8 +20,9 @@ from shoal.strategy.parts import Compress, Schedule, Zero
 
 EVERY_STEP = Sync()
 RUNS_NOW = (
-    "single and dpN, with /zero1, /zero2, /zero3[:G], /mb:M and /offload, "
-    "and +bf16, +compile, +channels_last and +recompute"
+    "ppN, dpN and tpN in any product, with /zero1, /mb:M, /offload and the schedules gpipe, 1f1b, "
+    "interleaved:V, zb and zbv; without pp and tp also /zero2, /zero3[:G] and +compile; and +bf16, "
+    "+channels_last and +recompute"
 )
 
 

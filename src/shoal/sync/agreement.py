@@ -1,5 +1,6 @@
 """What every way of agreeing has in common."""
 
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ class Replica(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+
+class Accumulation(Protocol):
+    """Of a replica with several backward passes a step: when is which gradient complete?
+
+    A replica that has one says so as its attribute ``accumulation``.
+    """
+
+    def finishes(self, parameter: Tensor) -> bool:
+        """Whether what is being added to this parameter's gradient now is the last of the step."""
+        ...
+
+    def tell(self, listener: Callable[[Iterable[Tensor]], None]) -> None:
+        """Have `listener` called with parameters to whose gradients nothing is added any more."""
 
 
 class Agreement(Protocol):

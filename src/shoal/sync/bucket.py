@@ -21,8 +21,8 @@ class Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.arrived: set[int] = set()  # ids, in the step's last backward pass
-        self.earlier: set[int] = set()  # in those of microbatches before it
+        self.arrived: set[int] = set()  # ids of parameters with a gradient
+        self.complete: set[int] = set()  # of those to whose gradient nothing is added any more
         self.pending: Pending | None = None
         elements = sum(parameter.numel() for parameter in parameters)
         self.flat = torch.zeros(
@@ -36,15 +36,15 @@ class Bucket:
 
     @property
     def is_full(self) -> bool:
-        """Whether every gradient is there."""
-        return len(self.arrived) == len(self.parameters)
+        """Whether every gradient is there and complete."""
+        return len(self.complete) == len(self.parameters)
 
     def fill(self) -> None:
         """Bring the gradients that are there into `flat`, and let the parameters' lie there."""
         views, gradients = [], []
         self._used.fill_(1.0)
         for place, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            if not self._has(parameter) or parameter.grad is None:
+            if id(parameter) not in self.arrived or parameter.grad is None:
                 view.zero_()
                 self._used[place] = 0.0
             else:
@@ -56,16 +56,13 @@ class Bucket:
 
     def settle(self) -> None:
         """Once `flat` is the sum: give gradients to parameters that only other ranks have used."""
-        if not all(map(self._has, self.parameters)):
+        if len(self.arrived) < len(self.parameters):
             used = self._used.tolist()
             for parameter, view, ranks in zip(self.parameters, self._views, used, strict=True):
                 parameter.grad = view if ranks else None
         self.arrived.clear()
-        self.earlier.clear()
+        self.complete.clear()
         self.pending = None
-
-    def _has(self, parameter: nn.Parameter) -> bool:
-        return id(parameter) in self.arrived or id(parameter) in self.earlier
 
 
 def cut(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[Bucket]:

@@ -16,11 +16,13 @@ the graph and one more collective at each step (figures in LOG.md). Here buckets
 alone, and which parameters were used travels with the gradients.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from shoal.comm import Group, Pending
 from shoal.errors import Refused, RunError
-from shoal.sync.agreement import Replica
+from shoal.sync.agreement import Accumulation, Replica
 from shoal.sync.bucket import Bucket, cut
 
 BUCKET_BYTES = 8 << 20
@@ -34,13 +36,17 @@ class EveryStep:
         self._everyone = everyone
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
+        self._accumulation: Accumulation | None = None
         self._sent = 0
         self._last = False  # whether the backward pass in hand is the step's last
         self.hidden_s = 0.0
 
     def attach(self, replica: Replica) -> None:
         trained = [p for p in replica.model.parameters() if p.requires_grad]
-        if not trained:
+        self._accumulation = getattr(replica, "accumulation", None)
+        if self._accumulation is not None:
+            self._accumulation.tell(self._completed)  # which stands for a whole model, not a stage
+        elif not trained:
             raise Refused(
                 "every parameter of this model is frozen (requires_grad is False): "
                 "there is nothing to train",
@@ -53,14 +59,11 @@ class EveryStep:
                 parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def _arrived(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is complete: send what has become full, in order.
+        """Something was added to a parameter's gradient: send what has become full, in order.
 
-        Microbatches add to it; before the last one nothing is sent.
+        Microbatches add to it one after another; before the last one nothing is sent.
         """
         bucket = self._bucket_of[id(parameter)]
-        if not self._last:
-            bucket.earlier.add(id(parameter))
-            return
         if bucket.pending is not None:
             raise RunError(
                 f"the gradient of a parameter of shape {list(parameter.shape)} was added to twice "
@@ -76,6 +79,20 @@ class EveryStep:
                 hint="Make the embedding with sparse=False.",
             )
         bucket.arrived.add(id(parameter))
+        if self._last if self._accumulation is None else self._accumulation.finishes(parameter):
+            bucket.complete.add(id(parameter))
+            self._send_full()
+
+    def _completed(self, parameters: Iterable[Tensor]) -> None:
+        """Nothing is added to these parameters' gradients any more, if they have any."""
+        for parameter in parameters:
+            bucket = self._bucket_of.get(id(parameter))
+            if bucket is not None and bucket.pending is None and parameter.grad is not None:
+                bucket.arrived.add(id(parameter))
+                bucket.complete.add(id(parameter))
+        self._send_full()
+
+    def _send_full(self) -> None:
         while self._sent < len(self._buckets) and self._buckets[self._sent].is_full:
             self._send_next()
 

@@ -1,3 +1,10 @@
-"""Turns an `nn.Module` into the values of `shoal.graph`, under fake tensors, and measures its
-blocks when asked. Empty in this version.
+"""From an `nn.Module` to a graph of plain operations that can be rewritten, and cut.
+
+traced = trace(model, inputs, rows=4)
+segments = traced.segment(boundaries)
 """
+
+from shoal.trace.segments import Segment
+from shoal.trace.traced import Traced, trace
+
+__all__ = ["Segment", "Traced", "trace"]

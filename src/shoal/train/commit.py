@@ -105,6 +105,9 @@ class Committer:
     def _snapshot(self, step: int, train: dict[str, Any]) -> Snapshot:
         job = self._job
         state, scalars = flatten(job.optimizer, job.parameter_names)
+        # Of all ranks: a rank of a pipeline has some of them.
+        for group, names in zip(scalars["groups"], job.group_names, strict=True):
+            group["names"] = list(names)
         weights, aliases = _weights(job)
         held = weights | state
         return Snapshot(

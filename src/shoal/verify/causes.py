@@ -26,7 +26,7 @@ from shoal.errors import ShoalError
 from shoal.verify.certificate import Difference
 from shoal.verify.measure import errors
 from shoal.verify.record import Record, gradients_of, rows_of
-from shoal.verify.reference import Reference, call
+from shoal.verify.reference import Reference
 
 FITS = 1e-6  # a hypothesis explains a gradient that it gives to this relative error
 
@@ -150,7 +150,7 @@ def _gradient(reference: Reference, loss: Callable[[], Tensor]) -> dict[str, Ten
     try:
         value = loss()
         if value.requires_grad:
-            value.backward()  # type: ignore[no-untyped-call]
+            reference.backward(value)
         if reference.workload.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(
                 reference.model.parameters(), reference.workload.clip_norm
@@ -165,7 +165,7 @@ def _together(reference: Reference, step: int, batch: Any, shares: Shares) -> li
     """Each share's losses, from one forward of the whole batch."""
     examples = len(batch.rows)
     reference.begin(step, batch.rows)
-    outputs = call(reference.model, batch.inputs)
+    outputs = reference.outputs(batch.inputs)
     return [
         reference.workload.objective(
             _rows(outputs, share, examples), _rows(batch.targets, share, examples)
@@ -181,7 +181,7 @@ def _one_by_one(reference: Reference, step: int, batch: Any, shares: Shares) -> 
     for share in shares:
         if share[1] > share[0]:
             reference.begin(step, batch.rows[slice(*share)])
-            outputs = call(reference.model, _rows(batch.inputs, share, examples))
+            outputs = reference.outputs(_rows(batch.inputs, share, examples))
             targets = _rows(batch.targets, share, examples)
             pairs.append(reference.workload.objective(outputs, targets))
     return pairs

@@ -24,6 +24,7 @@ def verify(
     loss_fn: Callable[[Any, Any], Any] | None = None,
     weight_fn: Callable[[Any], Any] | None = None,
     optimizer: str | Mapping[str, Any] = "adamw",
+    normalize_over: int | None = None,
     steps: int = 3,
 ) -> Certificate:
     """Compare `strategy` with one device, in float64, over `steps` training steps.
@@ -31,7 +32,8 @@ def verify(
     Give a recipe, or functions: ``model_fn() -> nn.Module``; ``batch_fn(step) -> (inputs,
     targets)``, the global batch; ``loss_fn(outputs, targets) -> (sum, count)``, or a mean over
     the first dimension of the targets; ``weight_fn(targets) -> count`` overrides that count.
-    ``optimizer`` is `sgd`, `adam`, `adamw`, or a mapping with `name` and its options.
+    ``optimizer`` is `sgd`, `adam`, `adamw`, or a mapping with `name` and its options;
+    ``normalize_over`` the examples of a statistics group of batch norm, None for the batch.
 
     Returns a certificate, also where nothing could be compared (``ok`` False, ``refused`` says
     why). Only a keyboard interrupt or a stop leaves as an exception.
@@ -49,7 +51,7 @@ def verify(
         if recipe is not None:
             task, resolved, threads = _of_recipe(recipe, strategy, steps)
         else:
-            work = (*functions, weight_fn, _optimizer(optimizer))
+            work = (*functions, weight_fn, _optimizer(optimizer), normalize_over)
             task, resolved, threads = _of_functions(work, strategy, steps)
         given = str(resolved)
         findings = _run(task, resolved.world_size, threads)

@@ -11,6 +11,7 @@ from shoal.comm import Group, Groups, peer_failures
 from shoal.errors import NotFinite, RunError
 from shoal.job import Execution, Job, Workload, assemble, share_of, workload_of
 from shoal.launch import Context
+from shoal.layout import Part
 from shoal.recipe import Component, Recipe
 from shoal.strategy import Strategy
 from shoal.train.agree_start import compare as compare_start
@@ -29,6 +30,7 @@ from shoal.verify.feeds import FunctionFeed, VerifyingFeed
 from shoal.verify.observed import Observed
 from shoal.verify.record import Record
 from shoal.verify.reference import Reference
+from shoal.verify.throughout import Float64Throughout
 
 DTYPE = torch.float64
 
@@ -42,6 +44,7 @@ class Functions:
     loss_fn: Callable[[Any, Any], Any]
     weight_fn: Callable[[Any], Any] | None
     optimizer: Component
+    normalize_over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(peer_failures())
+        stack.enter_context(Float64Throughout())
         workload = _workload(task, groups.data.size)
         if groups.world.rank == 0:
             # One device, and not yet touched by whatever is planted on the ranks.
@@ -97,7 +101,7 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
             examples = workload.feed.batch_examples(step)
             shares = share_of(examples, groups.data.size, job.replica.unit).shares
             if step == 0:
-                require_all_held(groups.world, job.replica.layout, theirs)
+                require_all_held(groups.world, _layout(job), theirs)
             comparison.add(step, mine, theirs, _held(job, shares, examples))
             first = _first(groups.world, comparison)
             if first is not None and cause is None:
@@ -113,7 +117,14 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
 
 def _held(job: Job, shares: tuple[tuple[int, int], ...], examples: int) -> Held:
     share = shares[job.groups.data.rank]
-    return Held(job.replica.layout, share, examples, outputs=job.replica.captured is not None)
+    return Held(_layout(job), share, examples, outputs=job.replica.captured is not None)
+
+
+def _layout(job: Job) -> dict[str, Part]:
+    """The replica's layout, and buffers that no checkpoint has: each rank made them, whole."""
+    buffers = job.replica.holding.named_buffers()
+    made = {name: Part.whole(tuple(buffer.shape)) for name, buffer in buffers}
+    return made | job.replica.layout
 
 
 def _workload(task: VerifyTask, ranks: int) -> Workload:
@@ -146,6 +157,7 @@ def _of_functions(functions: Functions, steps: int) -> Workload:
         seed=0,
         total_steps=steps,
         clip_norm=learn.clip_norm_of(functions.optimizer),
+        normalize_over=functions.normalize_over,
     )
 
 

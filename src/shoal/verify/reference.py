@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.job import Workload
-from shoal.parallel.randomness import StepKey, use_counted_dropout
+from shoal.parallel.randomness import StepKey, counted, intercepting, use_counted_dropout
 from shoal.parallel.statistics import BatchGroups, use_groups
 from shoal.verify.record import Record, gradients_of, outputs_by_name, silence_noise, state_after
 
@@ -52,15 +52,25 @@ class Reference:
         self._groups.begin(rows, examples, [(0, examples)])
         self._key.begin(step, rows, 0)
 
+    def outputs(self, inputs: Any) -> Any:
+        """What the model makes of inputs, with the masks of the step that has begun."""
+        with counted(self._key, self.model):
+            return call(self.model, inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradient of `loss` in the parameters."""
+        with intercepting(self._key):
+            loss.backward()  # type: ignore[no-untyped-call]
+
     def _step(self, step: int) -> Record:
         batch = self.batch(step)
         self.begin(step, batch.rows)
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = call(self.model, batch.inputs)
+        outputs = self.outputs(batch.inputs)
         loss_sum, count = self.workload.objective(outputs, batch.targets)
         loss = loss_sum / (count if float(count) else 1.0)
         self._groups.send()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.backward(loss)
         self._groups.finish()
         if self.workload.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.workload.clip_norm)

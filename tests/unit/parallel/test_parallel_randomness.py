@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.parallel.randomness import CountedDropout, StepKey, chosen, use_counted_dropout
+from shoal.parallel.randomness import (
+    CountedDropout,
+    Cut,
+    Place,
+    StepKey,
+    chosen,
+    dropped,
+    use_counted_dropout,
+)
 
 
 def dropout(layer: nn.Module, rows: Tensor, step: int = 0, seed: int = 0) -> nn.Module:
@@ -185,3 +193,76 @@ def test_layers_of_a_name_differ() -> None:
     masks = [model[name](torch.ones(64, 50)) for name in "abc"]
     for left, right in itertools.combinations(masks, 2):
         assert not torch.equal(left, right)
+
+
+SHAPES = {
+    "elements": ((6, 8, 10), 2, 4, 6),
+    "middle": ((6, 8, 10), 1, 3, 5),
+    "rows merged, width cut": ((6 * 7, 8), 1, 2, 6),
+    "no rows": ((1, 8, 10), 2, 4, 5),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_piece_of_a_tensor_drops_what_the_whole_does(name: str) -> None:
+    shape, dim, start, length = SHAPES[name]
+    key = StepKey(0)
+    key.begin(0, ALL[10:16], 0)
+    whole = dropped(key, "a#0", shape, 0.5, device=torch.device("cpu"))
+    assert 0.3 < float(whole.double().mean()) < 0.7
+    piece = [length if index == dim else size for index, size in enumerate(shape)]
+    place = Place(cut=Cut(dim, start, shape[dim]))
+    found = dropped(key, "a#0", piece, 0.5, device=torch.device("cpu"), place=place)
+    assert torch.equal(found, whole.narrow(dim, start, length))
+
+
+def test_a_piece_of_the_positions_of_each_row() -> None:
+    """Heads merged with the rows, [rows · heads, length, length], and cut by heads."""
+    key = StepKey(0)
+    key.begin(0, ALL[:6], 0)
+    whole = dropped(key, "a#0", (6 * 8, 5, 5), 0.5, device=torch.device("cpu"))
+    place = Place(cut=Cut(0, 2, 8))
+    found = dropped(key, "a#0", (6 * 3, 5, 5), 0.5, device=torch.device("cpu"), place=place)
+    assert torch.equal(found, whole.view(6, 8, 5, 5)[:, 2:5].flatten(0, 1))
+
+
+def test_rows_in_another_dimension() -> None:
+    key = StepKey(0)
+    key.begin(0, ALL, 0)
+    device = torch.device("cpu")
+    first = dropped(key, "a#0", (64, 128, 3), 0.5, device=device)
+    # Told so; for a length of 128 the rows of 64 would be found in the first dimension.
+    second = dropped(key, "a#0", (128, 64, 3), 0.5, device=device, place=Place(rows_at=1))
+    assert torch.equal(second, first.transpose(0, 1))
+
+
+def test_a_tensor_without_rows_drops_the_same_on_every_rank() -> None:
+    masks = []
+    for rank in range(2):
+        key = StepKey(0)
+        key.begin(0, ALL[rank * 10 : rank * 10 + 10], rank)
+        masks.append(dropped(key, "a#0", (1, 50), 0.5, device=torch.device("cpu")))
+    assert torch.equal(*masks)
+
+
+def test_microbatches_drop_what_the_whole_batch_does() -> None:
+    model, key = nn.Sequential(nn.Dropout(0.5)), StepKey(0)
+    use_counted_dropout(model, key)
+    parts = []
+    for rows in ALL.split(24):
+        key.begin(2, rows, 0)
+        parts.append(model(torch.ones(len(rows), 30)) != 0)
+    assert torch.equal(torch.cat(parts), kept(nn.Dropout(0.5), ALL, 30, step=2))
+
+
+def test_a_moment_comes_back_with_its_rows_and_calls() -> None:
+    model = dropout(nn.Dropout(0.5), ALL[:8])
+    key, ones = model[0].key, torch.ones(8, 30)
+    moment = key.moment()
+    first = model(ones)
+    key.begin(1, ALL[8:20], 0)
+    later = model(torch.ones(12, 30))
+    with key.replaying(moment):
+        assert torch.equal(model(ones), first)
+    key.calls.clear()
+    assert torch.equal(model(torch.ones(12, 30)), later)

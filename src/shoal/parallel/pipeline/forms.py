@@ -1,0 +1,121 @@
+"""`Form`: the model in one mode, traced and cut into stages. Most runs have two: train and eval.
+
+    forms = Forms(model, how)
+    form = forms.of(training=True, inputs=inputs, rows=8)
+    live = form.chunks[stage](values)
+
+The first one decides, by counted costs, where the model is cut and which tensors each stage holds;
+any other (evaluation; one that a model with fixed sizes needs for each number of rows) is cut where
+its parameters lie. Models are traced again from a skeleton without memory, since by then a rank has
+only its own stages' tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from shoal.parallel.pipeline.chunk import Chunk
+from shoal.parallel.pipeline.cutting import Cut, choose, cut_at, follow
+from shoal.parallel.pipeline.placing import (
+    find_holders,
+    keep_only,
+    names_of,
+    skeleton_of,
+    tensors_of,
+)
+from shoal.schedule import Table
+from shoal.trace import Traced, trace
+
+Rewrite = Callable[[Traced, bool], Traced]
+
+
+@dataclass
+class Form:
+    """One trace, and this rank's stages of it."""
+
+    traced: Traced
+    chunks: dict[int, Chunk]
+
+    def fits(self, inputs: Any, rows: int) -> bool:
+        """Whether the trace holds for these inputs: their number of rows may be free."""
+        if self.traced.static_rows not in (None, rows):
+            return False
+        tensors = self.traced.flatten(inputs)
+        return all(map(_same_shape, tensors, self._expected()))
+
+    def named(self, inputs: Any) -> dict[str, Tensor]:
+        """The model's input tensors by their names in the trace."""
+        return dict(zip(self.traced.inputs, self.traced.flatten(inputs), strict=True))
+
+    def _expected(self) -> list[Tensor]:
+        values = {node.name: node.meta["val"] for node in self.traced.graph.nodes
+                  if node.op == "placeholder"}  # fmt: skip
+        return [values[name] for name in self.traced.inputs]
+
+
+def _same_shape(given: Tensor, expected: Tensor) -> bool:
+    """A traced size that is a symbol may be any."""
+    return given.dim() == expected.dim() and all(
+        not isinstance(wanted, int) or size == wanted
+        for size, wanted in zip(given.shape, expected.shape, strict=True)
+    )
+
+
+@dataclass
+class Forms:
+    """All forms of one rank's model. Making the first takes the other stages' tensors out of it.
+
+    ``rewrite(traced, training)`` prepares a trace to be cut; ``blocks`` are the paths of modules
+    to be computed again in the backward pass.
+    """
+
+    model: nn.Module
+    table: Table
+    rank: int
+    rewrite: Rewrite
+    blocks: tuple[str, ...] = ()
+    holders: dict[str, set[int]] = field(default_factory=dict)
+    boundaries: tuple[int, ...] = ()
+    _known: dict[bool, list[Form]] = field(default_factory=lambda: {True: [], False: []})
+    _first: Cut | None = None
+
+    def __post_init__(self) -> None:
+        self.skeleton = skeleton_of(self.model)
+        self.names = names_of(self.model)
+
+    def of(self, *, training: bool, inputs: Any, rows: int) -> Form:
+        """The form for inputs of these shapes, made if it is not there. The same on all ranks."""
+        known = self._known[training]
+        found = next((form for form in known if form.fits(inputs, rows)), None)
+        if found is None:
+            found = self._make(training, inputs, rows)
+            known.append(found)
+        return found
+
+    def _make(self, training: bool, inputs: Any, rows: int) -> Form:
+        self.skeleton.train(training)
+        traced = trace(self.skeleton, inputs, rows)
+        costs = traced.costs  # of operations that rewriting may make unknown ones
+        traced = self.rewrite(traced, training)
+        if self._first is None:
+            self.boundaries = choose(traced, self.table.stages, costs)
+            cut = self._first = cut_at(traced, self.boundaries, self.blocks)
+            self.holders = find_holders(self.model, cut.stages)
+            keep_only(self.model, self._kept())
+        else:
+            found = follow(traced, self._first, self.holders, self.names)
+            cut = cut_at(traced, found, self.blocks if training else ())
+        return Form(traced, self._chunks(cut))
+
+    def _kept(self) -> set[str]:
+        mine = set(self.table.stages_of(self.rank))
+        return {name for name, stages in self.holders.items() if stages & mine}
+
+    def _chunks(self, cut: Cut) -> dict[int, Chunk]:
+        held = dict(self.skeleton.named_buffers(remove_duplicate=False)) | tensors_of(self.model)
+        return {
+            stage: Chunk(cut.stages[stage], held, cut.again[stage])
+            for stage in self.table.stages_of(self.rank)
+        }
