@@ -1,5 +1,6 @@
 """Shares and microbatches: pure arithmetic of positions, and putting outputs together."""
 
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ def test_shares_cover_a_batch_along_borders_of_groups(n: int, ranks: int, multip
     found = shares(n, ranks, multiple)
     assert found[0][0] == 0
     assert found[-1][1] == n
-    assert all(stop == start for (_, stop), (start, _) in zip(found, found[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(found))
     assert all(stop % multiple == 0 or stop == n for _, stop in found)
     units = [-(-(stop - start) // multiple) for start, stop in found]
     assert max(units) - min(units) <= 1
