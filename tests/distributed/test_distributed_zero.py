@@ -210,7 +210,7 @@ def _chooses(groups: Any, case: Case) -> str:
     job = assembled(groups, case)
     try:
         train_step(job, 0, Flags())
-    except RunError as error:
+    except (RunError, Refused) as error:
         return str(error)
     return ""
 
@@ -223,6 +223,25 @@ def test_ranks_that_run_other_blocks_are_told_and_never_train_on(pool: Any) -> N
     )
     said = pool.run(_chooses, case, ranks=2)
     assert all("every rank to run the same blocks in the same order" in each for each in said)
+
+
+class Reaching(nn.Module):
+    """Uses a block's weight outside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](x) @ self.blocks[0][0].weight
+
+
+def test_a_parameter_that_is_not_there_is_refused_by_name(pool: Any) -> None:
+    batches = [(torch.ones(4, 4), torch.arange(4))]
+    case = Case(build=Reaching, batches=batches, execution={"zero": 3}, optimizer=sgd)
+    for said in pool.run(_chooses, case, ranks=2):
+        assert "uses a block's parameter outside that block's own forward" in said
+        assert "self.blocks[0][0].weight" in said
 
 
 class Odd(torch.optim.Optimizer):
