@@ -76,6 +76,7 @@ def test_a_gradient_that_comes_twice_is_refused() -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     model, agreement = nn.Embedding(4, 2, sparse=True), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
+    agreement.share(torch.zeros(1))
     with pytest.raises(Refused, match="sparse"):
         model(torch.tensor([1])).sum().backward()
 
@@ -92,6 +93,7 @@ def test_parameters_left_out_of_one_step_are_there_in_the_next() -> None:
         x = torch.ones(1, 2)
         for layer in model[:layers]:
             x = layer(x)
+        agreement.share(torch.zeros(1))
         x.sum().backward()
         agreement.agree(replica)
         assert [p.grad is not None for p in model.parameters()] == [True] * 2 + [layers == 2] * 2
@@ -129,3 +131,22 @@ def test_nothing_is_sent_before_a_gradient_is_complete() -> None:
     replica.completed([model.bias])
     assert agreement._sent == 1
     agreement.agree(replica)
+
+
+def test_gradients_of_microbatches_wait_for_the_last_one() -> None:
+    """Also those of a layer that the last one does not use; each is sent once."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    agreement = EveryStep(Group(0, 1), Group(0, 1))
+    replica = Replica(model)
+    agreement.attach(replica)
+    x = torch.ones(1, 2)
+    for _ in range(2):
+        model.zero_grad()
+        model[1](model[0](x)).sum().backward()
+        (bucket,) = agreement._buckets
+        assert bucket.pending is None
+        agreement.share(torch.zeros(1))
+        model[0](x).sum().backward()
+        agreement.agree(replica)
+        assert model[0].bias.grad.tolist() == (1 + model[1].weight.sum(0)).tolist()
+        assert model[1].bias.grad.tolist() == [1, 1]

@@ -322,11 +322,8 @@ def test_what_this_version_runs(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("pp2", "pp2"),
-        ("tp2", "tp2"),
         ("cp2", "cp2"),
         ("dp2.ep2", "ep2"),
-        ("dp2/zero1", "zero1"),
         ("dp2/async:2", "async:2"),
         ("dp2/local:4", "local:4"),
         ("dp2/diloco:4", "diloco:4"),
