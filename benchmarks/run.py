@@ -25,7 +25,15 @@ from sidebyside import cores, processor
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-QUESTIONS = ("same_numerics", "defaults", "machine", "collectives", "startup", "overheads")
+QUESTIONS = (
+    "same_numerics",
+    "defaults",
+    "machine",
+    "collectives",
+    "startup",
+    "overheads",
+    "memory",
+)
 
 
 def main() -> None:

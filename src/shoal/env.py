@@ -73,6 +73,11 @@ def cache_home() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "shoal"
 
 
+def malloc_threshold() -> str | None:
+    """From how many bytes on glibc is told to ask the system for memory; None if it is not told."""
+    return os.environ.get("MALLOC_MMAP_THRESHOLD_")
+
+
 def visible_cuda_devices() -> tuple[str, ...] | None:
     """The entries of CUDA_VISIBLE_DEVICES (indices or UUIDs); None if every device is visible."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -23,6 +23,7 @@ from onedevice import (
     note,
     note_state,
     of_kind,
+    trace_job,
     train_plainly,
 )
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,13 @@ Axes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class How:
-    """The schedule; the fields are `Staging`'s."""
+    """`Staging`'s fields, and what else is special about a comparison."""
 
     method: str = "1f1b"
     microbatches: int = 1
     chunks: int | None = None
     recompute: bool = False
+    random: bool = False
 
 
 def rows_of(case: Case, step: int, start: int, stop: int) -> Rows:
@@ -46,17 +48,14 @@ def rows_of(case: Case, step: int, start: int, stop: int) -> Rows:
     return Rows(inputs, targets, torch.arange(start, stop)).to("cpu", case.dtype)
 
 
-def train_stages(groups: Any, case: Case, how: How) -> Trace:
-    """Train the case as one of the ranks; what this rank has of each step."""
-    from shoal.job.sharing import share_of
+def built(groups: Any, case: Case, how: How) -> Any:
+    """The case's model in stages, on this rank."""
     from shoal.parallel import Numerics
     from shoal.parallel.pipeline import Staging, build_staged_replica
-    from shoal.sync import build_agreement
 
     torch.manual_seed(case.seed)
-    model = case.build().to(case.dtype).train()
-    replica = build_staged_replica(
-        model,
+    return build_staged_replica(
+        case.build().to(case.dtype).train(),
         case.objective,
         Numerics(case.dtype, **case.execution),
         groups,
@@ -66,6 +65,15 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         normalize_over=case.normalize_over,
         recompute=how.recompute,
     )
+
+
+def train_stages(groups: Any, case: Case, how: How) -> Trace:
+    """Train the case as one of the ranks; what this rank has of each step."""
+    from shoal.job.sharing import share_of
+    from shoal.sync import build_agreement
+
+    replica = built(groups, case, how)
+    model = replica.model
     replica.capture()
     agreement = build_agreement(groups)
     agreement.attach(replica)
@@ -81,7 +89,7 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         agreement.agree(replica)
         replica.rescale(count)
         note(trace, step, "loss", {"loss": torch.tensor(loss / count, dtype=torch.float64)})
-        note(trace, step, "gradient", gradients(model))
+        note(trace, step, "gradient", placed(gradients(model), replica.layout))
         if replica.captured is not None:
             note(trace, step, "output", named_outputs(replica.captured))
         if case.clip_norm is not None:
@@ -90,8 +98,26 @@ def train_stages(groups: Any, case: Case, how: How) -> Trace:
         optimizer.step()
         optimizer.zero_grad()
         if held is model:
-            note_state(trace, step, model, optimizer)
+            state: Trace = {}
+            note_state(state, step, model, optimizer)
+            trace |= placed(state, replica.layout)
     return trace
+
+
+def placed(tensors: Trace, layout: Any) -> Trace:
+    """Pieces of tensors that are cut, in their places in wholes that are NaN everywhere else."""
+    found = {}
+    for key, tensor in tensors.items():
+        parts = [n for n in layout if key == n or key.split("/", 2)[-1].split("/")[0] == n]
+        part = layout[parts[0]] if parts else None
+        if part is None or part.is_whole or tuple(tensor.shape) != part.shape:
+            found[key] = tensor
+            continue
+        found[key] = torch.full(part.global_shape, float("nan"), dtype=tensor.dtype)
+        for box, index in part.places():
+            place = tuple(map(slice, box.offset, box.stop))
+            found[key][place] = tensor[index]
+    return found
 
 
 def _save_stages(groups: Any, case: Case, how: How, folder: str) -> list[str]:
@@ -111,8 +137,15 @@ def staged(pool: Any, axes: Axes, case: Case, how: How, folder: Path) -> list[Tr
 def compare_staged(
     pool: Any, axes: Axes, case: Case, folder: Path, how: How | None = None
 ) -> dict[str, float]:
-    """The largest error of each kind; every tensor of one device's must be on some rank."""
-    return errors_of(train_plainly(case), staged(pool, axes, case, how or How(), folder))
+    """The largest error of each kind; every tensor of one device's must be on some rank.
+
+    One device is plain torch; of a case with random choices, Shoal on one device.
+    """
+    from shoal.comm import Groups
+
+    how = how or How()
+    expected = trace_job(Groups.alone(), case) if how.random else train_plainly(case)
+    return errors_of(expected, staged(pool, axes, case, how, folder))
 
 
 def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:
@@ -120,12 +153,18 @@ def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:
     for step in range(1 + max(int(key.split("/")[0]) for key in expected)):
         whole = of_kind(expected, step, "output")
         parts = [part for part in (of_kind(trace, step, "output") for trace in ranks) if part]
+        # Tensor ranks have the same outputs.
+        rows = sum(len(next(iter(part.values()))) for part in parts)
+        parts = parts[:: max(1, rows // len(next(iter(whole.values()))))]
         cut = {name: torch.cat([part[name] for part in parts]) for name in whole}
         worst["output"] = max(worst["output"], _error(whole, cut))
         for kind in KINDS[1:]:
             reference, found = of_kind(expected, step, kind), set()
             for trace in ranks:
-                mine = of_kind(trace, step, kind)
+                mine = {
+                    name: torch.where(tensor.isnan(), reference[name], tensor)
+                    for name, tensor in of_kind(trace, step, kind).items()
+                }
                 found |= mine.keys()
                 # The scale of an error is the whole model's: what is not here counts as right.
                 worst[kind] = max(worst[kind], _error(reference, reference | mine))
@@ -133,4 +172,4 @@ def errors_of(expected: Trace, ranks: Sequence[Trace]) -> dict[str, float]:
     return worst
 
 
-__all__ = ["Case", "How", "cast", "compare_staged", "errors_of", "staged", "train_stages"]
+__all__ = ["Case", "How", "built", "cast", "compare_staged", "errors_of", "staged", "train_stages"]

@@ -7,7 +7,8 @@
     h = relu(linear(enter(x, group), my_rows))          # Megatron's f and g (Shoeybi et al. 2019,
     y = leave(linear(h, my_columns), group) + bias      # arXiv 1909.08053, section 3)
 
-A value that is whole is the same on every rank, and so is its gradient. Bytes count as "activation".
+A value that is whole is the same on every rank, and so is its gradient. Bytes count as
+"activation".
 """
 
 from typing import Any

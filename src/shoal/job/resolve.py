@@ -67,6 +67,8 @@ def resolve(
     device = "cuda" if 0 < ranks <= gpus else "cpu"
     if device == "cpu" and gpus:
         reasons.append(f"ranks run on the CPU: there are {ranks} here, and {_gpus(gpus)}")
+    if device == "cpu" and chosen.offload:
+        reasons.append("offload changes nothing on the CPU: its memory is the host's already")
     return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries, is_free)
 
 

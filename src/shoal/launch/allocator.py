@@ -13,10 +13,18 @@ step and rank, highest and last resident MiB:
     given back at 64 KiB  0.67     0.82          77,352, 161,970  446, 659   365, 381
 
 The last line is what shows how much memory is in use, at a price. What the user has set goes first.
+Strategies that save memory call `give_back` on their ranks.
 """
 
+import contextlib
+import ctypes
 import os
 
+from shoal import env
+
+COMPACT_BYTES = 1 << 20  # what is larger goes back to the system when it is free
+_FAST_BYTES = 1 << 29
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _HUGE_PAGES_SINCE = (2, 35)  # glibc.malloc.hugetlb
 
 
@@ -26,9 +34,24 @@ def settings() -> dict[str, str]:
         return {}
     return {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 29),
+        "MALLOC_MMAP_THRESHOLD_": str(_FAST_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }
+
+
+def give_back() -> None:
+    """From now on, in this process: return free memory to the system at once, and stay small.
+
+    For strategies that cut a model to save memory: what one block has used must not stay with the
+    process while another is in use. Both limits are fixed: glibc raises its own as blocks are
+    freed. Nothing happens where the user has set them, or with another C library.
+    """
+    if _glibc() == (0,) or env.malloc_threshold() not in (None, str(_FAST_BYTES)):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            library.mallopt(option, COMPACT_BYTES)
 
 
 def _glibc() -> tuple[int, ...]:

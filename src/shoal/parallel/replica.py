@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from shoal.comm import Pending, is_peer_failure
-from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
+from shoal.errors import NoGradient, PeerLost, Refused, ShoalError, UserCodeError
 from shoal.layout import Part
 from shoal.parallel.microbatches import LocalBatch, Share, joined, microbatches
 from shoal.parallel.randomness import StepKey, counted, intercepting
@@ -272,6 +272,13 @@ def user_error(what: str, error: Exception) -> ShoalError:
         return refused
     if is_peer_failure(error):
         return PeerLost(str(error).splitlines()[0])
+    if "mixed torch.Tensor and DTensor" in str(error):
+        where = _users_line(error)
+        return Refused(
+            f"{what} uses a block's parameter outside that block's own forward, and zero2 and "
+            f"zero3 have it whole only there{f': {where}' if where else ''}",
+            hint="Use zero1, or reach the parameter from the block's forward.",
+        )
     return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))
 
 

@@ -150,6 +150,11 @@ class Strategy:
         return None if self.zero is None else self.zero.group
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether a rank keeps less than the whole model and its optimizer's state."""
+        return self.zero is not None or self.pp * self.tp > 1
+
+    @property
     def microbatches(self) -> int:
         """Pieces of a replica's share of the batch that are worked on one after another.
 

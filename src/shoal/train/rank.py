@@ -11,7 +11,7 @@ from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_
 from shoal.comm import Groups, Transport
 from shoal.errors import CheckpointDamaged, RunError, RunFolderError, ShoalError
 from shoal.job import Execution, Job, assemble, workload_of
-from shoal.launch import Context
+from shoal.launch import Context, allocator
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
@@ -49,6 +49,8 @@ def train_on_rank(
     watch = Stopwatch()
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     torch.set_num_threads(context.threads)
+    if strategy.saves_memory:
+        allocator.give_back()
     device = device_of(task.device, context.local_rank)
     groups = Groups.form(
         context.rank,

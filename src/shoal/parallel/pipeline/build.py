@@ -103,6 +103,7 @@ def build_staged_replica(
             builder.rows,
             builder.about,
             builder.has_norms,
+            builder.plan,
             count,
         )
     )

@@ -39,8 +39,10 @@ class Form:
     traced: Traced
     chunks: dict[int, Chunk]
 
-    def fits(self, inputs: Any) -> bool:
+    def fits(self, inputs: Any, rows: int) -> bool:
         """Whether the trace holds for these inputs: their number of rows may be free."""
+        if self.traced.static_rows not in (None, rows):
+            return False
         tensors = self.traced.flatten(inputs)
         return all(map(_same_shape, tensors, self._expected()))
 
@@ -90,7 +92,7 @@ class Forms:
     def of(self, *, training: bool, inputs: Any, rows: int) -> Form:
         """The form for inputs of these shapes, made if it is not there. The same on all ranks."""
         known = self._known[training]
-        found = next((form for form in known if form.fits(inputs)), None)
+        found = next((form for form in known if form.fits(inputs, rows)), None)
         if found is None:
             found = self._make(training, inputs, rows)
             known.append(found)

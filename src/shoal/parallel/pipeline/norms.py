@@ -78,9 +78,15 @@ def use_group_norms(traced: HasGraph, model: nn.Module, groups: BatchGroups) -> 
 
 def _drop_counters(traced: HasGraph) -> None:
     counters = {n for n, path in traced.state.items() if path.endswith("num_batches_tracked")}
-    for node in list(traced.graph.nodes):
-        counts = node.op == "call_function" and node.target is aten.add_.Tensor
-        if counts and getattr(node.args[0], "name", None) in counters and not node.users:
+    counts: list[Node] = []
+    for node in traced.graph.nodes:
+        if node.op != "call_function" or node.target is not aten.add_.Tensor:
+            continue
+        # Of a layer that is called twice, the second counts on from the first.
+        if getattr(node.args[0], "name", None) in counters or node.args[0] in counts:
+            counts.append(node)
+    for node in reversed(counts):
+        if not node.users:
             traced.graph.erase_node(node)
 
 

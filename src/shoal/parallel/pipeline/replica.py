@@ -39,7 +39,7 @@ from shoal.parallel.replica import (
     each_tensor,
     user_error,
 )
-from shoal.parallel.tensor.vocabulary import gather_outputs, wrap
+from shoal.parallel.tensor import TensorPlan, gather_outputs, wrap
 from shoal.parallel.zero import GatheredRows, States
 from shoal.schedule import Action, Table
 
@@ -67,6 +67,7 @@ class Parts:
     rows: GatheredRows | None  # zero2 and zero3: what the stages gather from
     about: tuple[str, ...]  # what is cut and why, in words
     has_norms: bool
+    plan: TensorPlan | None  # of tensor parallelism
     parameters: int
 
 
@@ -154,6 +155,11 @@ class StagedReplica:
         return self._parts.states.layout(held)
 
     @property
+    def plan(self) -> TensorPlan | None:
+        """What tensor parallelism has cut, and why; None without it."""
+        return self._parts.plan
+
+    @property
     def boundaries(self) -> tuple[int, ...]:
         """The operations before which the traced model is cut."""
         return self._parts.forms.boundaries
@@ -231,8 +237,9 @@ class StagedReplica:
         """The loss of a microbatch ÷ the global batch's examples; its sums are noted."""
         rows, piece = len(run.batch.rows), run.pieces[microbatch]
         targets = each_tensor(lambda leaf: _some(leaf, piece, rows), run.batch.targets)
-        traced = run.forms[microbatch].traced
-        whole = traced.rebuild(wrap(outputs, traced, self._parts.groups.tensor))
+        traced, group = run.forms[microbatch].traced, self._parts.groups.tensor
+        seen = wrap(outputs, traced, group) if traced.cut_outputs else outputs
+        whole = traced.rebuild(seen)
         total, count = call_objective(self._parts.objective, whole, targets)
         if not run.counts or microbatch in run.idle:
             total, count = total * 0.0, count * 0.0
@@ -241,8 +248,8 @@ class StagedReplica:
         if self._parts.groups.tensor.rank == 0:
             run.sums += torch.stack((total.detach().double(), count.detach().double())).cpu()
         if self._captures and microbatch not in run.idle:
-            seen = gather_outputs(outputs, traced, self._parts.groups.tensor)
-            run.outputs[microbatch] = [tensor.detach().clone() for tensor in seen]
+            kept = [tensor.detach().clone() for tensor in outputs]
+            run.outputs[microbatch] = self._whole(run, microbatch, kept)
         return total / run.divisor
 
     def _backward(self, run: _Run, stage: int, microbatch: int) -> None:
@@ -333,12 +340,18 @@ class StagedReplica:
         with self._products():
             live = _call(chunk, values)
         if stage == self.table.stages - 1:
-            outputs, traced = [live[name] for name in chunk.outputs], run.forms[microbatch].traced
-            seen = gather_outputs(outputs, traced, self._parts.groups.tensor)
+            outputs = [live[name] for name in chunk.outputs]
             if microbatch not in run.idle:
-                run.outputs[microbatch] = seen
+                run.outputs[microbatch] = self._whole(run, microbatch, outputs)
         else:
             links.send(Message("F", stage, microbatch), [live[name] for name in chunk.gives])
+
+    def _whole(self, run: _Run, microbatch: int, outputs: list[Tensor]) -> list[Tensor]:
+        """Outputs that every tensor rank has all of."""
+        traced = run.forms[microbatch].traced
+        if not traced.cut_outputs:
+            return outputs
+        return gather_outputs(outputs, traced, self._parts.groups.tensor)
 
     # ---- rows
 

@@ -4,9 +4,10 @@ made = plan(traced, ranks, model)                    # which dimensions of which
 cut_model(made, model, group.rank)                   # in place
 mine = apply(made, traced, model, group)             # the graph of this rank
 
-relation.py, rules.py, layers.py, shapes.py   what an operation does with its dimensions
+relation.py, rules.py, relate.py (layers, shapes, reductions)
+                                              what an operation does with its dimensions
 axes.py, classes.py, choose.py                which dimensions belong together; which are cut
-split.py, rewrite.py, nodes.py                the graph of one rank
+split.py, rewrite.py, operation.py, nodes.py  the graph of one rank
 plan.py, cutting.py, counting.py              the plan, carried out; its bytes
 vocabulary.py                                 cross-entropy of scores that are never gathered
 """

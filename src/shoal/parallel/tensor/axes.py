@@ -90,7 +90,7 @@ class Axis:
         return self.outer * self.row_size
 
     def expand(self) -> list[tuple[int, Atom]]:
-        """The row in atoms that are whole; one whose part is no whole number of elements is vetoed."""
+        """The row in atoms that are whole; one with a part of no whole elements is vetoed."""
         found: list[tuple[int, Atom]] = []
         todo = list(reversed(self.row))
         while todo:
@@ -108,6 +108,14 @@ class Axis:
             todo.extend(reversed(list(zip(lengths, parts, strict=True))))
         self.row = found
         return found
+
+    def copies(self) -> int:
+        """How often its shortest row is repeated."""
+        row = [(size, id(atom)) for size, atom in self.expand()]
+        for period in range(1, len(row)):
+            if len(row) % period == 0 and row == row[:period] * (len(row) // period):
+                return self.outer * (len(row) // period)
+        return self.outer
 
     def atoms(self) -> list[Atom]:
         return [atom for _, atom in self.expand()]

@@ -179,12 +179,39 @@ class Analysis:
             if is_symbolic(axis.size) and id(axis) not in made:
                 axis.forbid("it varies with the batch")
         while waiting := [product for product in self.products if not product.settled]:
-            if not any([self._try(product) for product in waiting]):
-                left = [product for product in waiting if not product.settled]
-                if left:
-                    self._decide(left[0], _candidates(left[0])[0])
+            settled = [self._try(product) for product in waiting]
+            left = [product for product in waiting if not product.settled]
+            if left and True not in settled:
+                self._decide(*self._preferred(left))
         for first, second in self._later:
             unify(first, second)
+
+    def _preferred(self, waiting: list[Product]) -> tuple[Product, int]:
+        """A product that a weight depends on, and its outermost factor on which one does.
+
+        So heads go before the width of a head, and before rows that they are multiplied with.
+        """
+        weighty = {
+            id(atom)
+            for node in self.axes
+            if node.op == "placeholder" and node.name in self.state
+            for axis in self._all(node)
+            for atom in axis.atoms()
+        }
+        before = -1
+        while len(weighty) != before:
+            before = len(weighty)
+            for product in self.products:
+                if any(id(atom) in weighty for atom in product.whole.atoms()):
+                    weighty.update(id(atom) for part in product.parts for atom in part.atoms())
+
+        def carries(axis: Axis) -> bool:
+            return any(id(atom) in weighty for atom in axis.atoms())
+
+        product = next((each for each in waiting if carries(each.whole)), waiting[0])
+        candidates = _candidates(product)
+        heavy = [at for at in candidates if carries(product.parts[at])]
+        return product, (heavy or candidates)[0]
 
     def _try(self, product: Product) -> bool:
         candidates = _candidates(product)
@@ -220,7 +247,18 @@ class Analysis:
 
 
 def _candidates(product: Product) -> list[int]:
-    return [at for at, part in enumerate(product.parts) if part.size > 1 and part.veto is None]
+    free = [at for at, part in enumerate(product.parts) if part.size > 1 and part.veto is None]
+    copies = product.whole.copies()
+    if copies == 1:
+        return free
+    # Another reshape has settled that the cut lies inside of so many copies.
+    inside = []
+    before = 1
+    for at, part in enumerate(product.parts):
+        if copies % before == 0 and copies // before < part.size:
+            inside.append(at)
+        before *= part.size
+    return [at for at in free if at in inside]
 
 
 def _row(parts: list[Axis]) -> Axis:

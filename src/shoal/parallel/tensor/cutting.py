@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from shoal.comm import Group
 from shoal.errors import Refused
 from shoal.parallel.tensor.plan import Graphed, TensorPlan, trained_placeholders
-from shoal.parallel.tensor.rewrite import CannotCut, Rewriting
+from shoal.parallel.tensor.rewrite import Rewriting
+from shoal.parallel.tensor.split import CannotCut
 
 T = TypeVar("T", bound=Graphed)
 

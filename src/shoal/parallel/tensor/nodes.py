@@ -6,7 +6,7 @@ Their targets are functions with the group inside: a graph holds no argument tha
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,7 @@ from shoal.comm import Group
 from shoal.comm.differentiable import enter, gather, leave
 from shoal.parallel.tensor.calls import Call
 from shoal.parallel.tensor.sizes import is_symbolic, size
-from shoal.parallel.tensor.split import Split
-
-if TYPE_CHECKING:
-    from shoal.parallel.tensor.rewrite import Cut
+from shoal.parallel.tensor.split import Cut, Split
 
 aten = torch.ops.aten
 _OTHER = {
@@ -62,7 +59,7 @@ def _gather(group: Group, dim: int, lengths: list[int]) -> Callable[[Tensor], Te
     return tensor_gather
 
 
-def take_part(graph: Graph, value: Node, cut: "Cut", rank: int) -> Node:
+def take_part(graph: Graph, value: Node, cut: Cut, rank: int) -> Node:
     """This rank's part of a whole value, at the graph's point of insertion."""
     split = cut.split
     if split.outer == 1 and len(split.blocks) == 1:
@@ -77,7 +74,7 @@ def take_part(graph: Graph, value: Node, cut: "Cut", rank: int) -> Node:
 
 def part_of(whole: Tensor, dim: int, split: Split, rank: int) -> Tensor:
     """The part of `rank` of a whole tensor, in copies of a row of pieces."""
-    rows = whole.unflatten(dim, (-1, split.row))
+    rows = whole.unflatten(dim, (-1, split.row))  # type: ignore[no-untyped-call]
     pieces, start = [], 0
     for block in split.blocks:
         first, last = block.bounds[rank], block.bounds[rank + 1]
@@ -97,6 +94,23 @@ def look_up(node: Node, call: Call, first: int, last: int, padding: int | None) 
 
     node.target = tensor_look_up
     node.args, node.kwargs = (call["weight"], call["indices"]), {}
+
+
+def mean_part(node: Node, call: Call, count: int) -> None:
+    """Make a mean over `count` elements this rank's part of it: its sum ÷ count."""
+    dim, keep = call.get("dim"), bool(call.get("keepdim"))
+
+    def tensor_mean_part(value: Tensor) -> Tensor:
+        total = value.sum() if dim is None else value.sum(dim, keepdim=keep)
+        return (total / count).to(value.dtype)  # autocast sums bf16 into float32
+
+    node.target = tensor_mean_part
+    node.args, node.kwargs = (call["self"],), {}
+
+
+def add_bias(value: Tensor, bias: Tensor) -> Tensor:
+    """A bias after a sum over ranks, in the sum's dtype: under autocast that is not the bias's."""
+    return value + bias.to(value.dtype)
 
 
 def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
@@ -124,13 +138,13 @@ def set_arguments(node: Node, arguments: dict[str, Any]) -> None:
 
 def inherit(made: Node, source: Node, value: Any) -> None:
     """A node that was put in stands at the line and path of `source`."""
-    for key in ("path", "line", "stack_trace", "nn_module_stack"):
+    for key in ("path", "line", "autocast", "stack_trace", "nn_module_stack"):
         if key in source.meta:
             made.meta[key] = source.meta[key]
     made.meta["val"] = value
 
 
-def local_value(whole: Tensor, cut: "Cut | None", rank: int) -> Tensor:
+def local_value(whole: Tensor, cut: Cut | None, rank: int) -> Tensor:
     """A fake tensor in the shape of this rank's part."""
     if cut is None:
         return whole
@@ -143,7 +157,7 @@ def local_value(whole: Tensor, cut: "Cut | None", rank: int) -> Tensor:
     return whole.new_empty(sizes)
 
 
-def describe(node: Node, cut: "Cut | None", rank: int) -> None:
+def describe(node: Node, cut: Cut | None, rank: int) -> None:
     """``meta["cut"] = (dim, offset, global size)``; offset None where the part is several ranges.
 
     ``meta["split"] = (dim, Split, rank)`` says it in every case.

@@ -21,9 +21,10 @@ from shoal.comm import Group
 from shoal.layout import Part, Slice
 from shoal.parallel.tensor.choose import choose
 from shoal.parallel.tensor.classes import Analysis, Class, find_classes
-from shoal.parallel.tensor.rewrite import CannotCut, Cut, Rewriting
-from shoal.parallel.tensor.sizes import hint, shape
-from shoal.parallel.tensor.split import Block, Split, even_bounds
+from shoal.parallel.tensor.relation import Relation
+from shoal.parallel.tensor.rewrite import Rewriting, with_gradient
+from shoal.parallel.tensor.sizes import numel, shape
+from shoal.parallel.tensor.split import Block, CannotCut, Cut, Split, even_bounds
 
 G = TypeVar("G", bound="Graphed")
 
@@ -83,7 +84,7 @@ class TensorPlan:
     @property
     def share_cut(self) -> float:
         """The share of all elements of parameters and buffers that is cut."""
-        numbers = {name: _numel(whole) for name, whole in self.shapes.items()}
+        numbers = {name: numel(whole) for name, whole in self.shapes.items()}
         return sum(numbers[name] for name in self.cuts) / max(1, sum(numbers.values()))
 
     def text(self) -> str:
@@ -115,21 +116,22 @@ def plan(traced: Graphed, ranks: int, model: nn.Module) -> TensorPlan:
     traced = _with_first_names(traced, first_names)
     trained = trained_placeholders(traced, model)
     analysis = Analysis(traced.graph, traced.state, set(traced.inputs))
+    tried = _Trying(traced, ranks, trained, analysis.relations)
     classes = find_classes(analysis)
-    trials = [_try(traced, each, ranks, trained) for each in classes]
+    trials = [tried.alone(each) for each in classes]
     working = {each.one.number: each for each in trials if each.why_not is None}
     gains = _gains(working.values())
     while True:
         conflicts = {key: trial.one.conflicts for key, trial in working.items()}
         chosen = choose({key: gains[key] for key in working}, conflicts)
         cuts = {name: cut for key in sorted(chosen) for name, cut in working[key].cuts.items()}
-        why_not = _why_not(traced, cuts, ranks, trained)
+        why_not = tried.why_not(cuts)
         if why_not is None:
             break
         # Each works alone but not all together: without the smallest, until it does.
         smallest = min(chosen, key=lambda key: (gains[key], -key))
         working.pop(smallest).why_not = why_not
-    cuts, alone = _with_single_weights(traced, analysis, cuts, ranks, trained)
+    cuts, alone = _with_single_weights(tried, analysis, cuts)
     named = {traced.state[name]: cut for name, cut in cuts.items()}
     reasons = _reasons(traced, trials, chosen, gains, shapes, ranks, alone)
     nothing = () if named else ("nothing to cut: all parameters are whole on each rank",)
@@ -165,30 +167,72 @@ def trained_placeholders(traced: Graphed, model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, path in traced.state.items() if path in wanted)
 
 
-def _try(traced: Graphed, one: Class, ranks: int, trained: frozenset[str]) -> _Trial:
-    trial = _Trial(one, why_not=one.veto)
-    if trial.why_not is None and one.units < ranks:
-        trial.why_not = f"{one.units} cannot be cut into {ranks}"
-    if trial.why_not is not None:
+class _Trying:
+    """Tries cuts out on the graph, which stays as it is."""
+
+    def __init__(
+        self,
+        traced: Graphed,
+        ranks: int,
+        trained: frozenset[str],
+        relations: dict[Node, Relation],
+    ) -> None:
+        self._relations = relations
+        self._traced, self.ranks, self.trained = traced, ranks, trained
+        self._order = {node: at for at, node in enumerate(traced.graph.nodes)}
+        self._needs = with_gradient(traced.graph, trained)
+        self._placeholders = {
+            node.name: node for node in traced.graph.nodes if node.op == "placeholder"
+        }
+
+    def walk(self, cuts: dict[str, Cut], rank: int = 0) -> Rewriting:
+        """Raises `CannotCut`."""
+        walk = Rewriting(self._traced.graph, cuts, Group(rank, self.ranks), self.trained)
+        walk.try_out(self._order, self._needs, self._relations)
+        return walk
+
+    def alone(self, one: Class) -> _Trial:
+        """What cutting this class alone gives."""
+        trial = _Trial(one, why_not=one.veto)
+        if trial.why_not is None and one.units < self.ranks:
+            trial.why_not = f"{one.units} cannot be cut into {self.ranks}"
+        if trial.why_not is not None:
+            return trial
+        trial.cuts = {
+            name: _cut(dim, axis, self.ranks) for name, (dim, axis) in one.tensors.items()
+        }
+        state = self._traced.state
+        once = {state[name]: name for name in one.tensors}.values()  # tied ones count once
+        trial.elements = sum(
+            numel(self._placeholders[name].meta["val"].shape)
+            for name in once
+            if name in self.trained
+        )
+        try:
+            walk = self.walk(trial.cuts)
+        except CannotCut as error:
+            trial.why_not = str(error)
+            return trial
+        trial.macs, trial.moved = walk.macs, walk.moved
+        trial.why_not = _not_worth(walk, trial, set(self._traced.inputs))
         return trial
-    trial.cuts = {name: _cut(dim, axis, ranks) for name, (dim, axis) in one.tensors.items()}
-    placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    trial.elements = sum(
-        _numel(placeholders[name].meta["val"].shape)
-        for name in {traced.state[each]: each for each in one.tensors}.values()
-        if name in trained
-    )
-    copy = traced.copy()
-    walk = Rewriting(copy.graph, trial.cuts, Group(0, ranks), trained, dry=True)
-    try:
-        walk.run()
-    except CannotCut as error:
-        trial.why_not = str(error)
-        return trial
-    trial.macs = walk.macs
-    trial.moved = sum(_elements(each) for each in walk.communication)
-    trial.why_not = _not_worth(walk, trial, set(traced.inputs))
-    return trial
+
+    def pays(self, cuts: dict[str, Cut]) -> bool:
+        """Whether cutting a single weight along what it sums over is worth what is moved."""
+        try:
+            walk = self.walk(cuts)
+        except CannotCut:
+            return False
+        return walk.macs >= WORK * walk.moved and not walk.cut_outputs
+
+    def why_not(self, cuts: dict[str, Cut]) -> str | None:
+        """Why these cuts do not go together, on the first or the last rank."""
+        try:
+            for rank in (0, self.ranks - 1):
+                self.walk(cuts, rank)
+        except CannotCut as error:
+            return str(error)
+        return None
 
 
 def _not_worth(walk: Rewriting, trial: _Trial, inputs: set[str]) -> str | None:
@@ -203,34 +247,28 @@ def _not_worth(walk: Rewriting, trial: _Trial, inputs: set[str]) -> str | None:
 
 
 def _with_single_weights(
-    traced: Graphed,
-    analysis: Analysis,
-    cuts: dict[str, Cut],
-    ranks: int,
-    trained: frozenset[str],
+    tried: _Trying, analysis: Analysis, cuts: dict[str, Cut]
 ) -> tuple[dict[str, Cut], list[str]]:
     """`cuts`, and weights that are left, each cut along what it sums over; names of those.
 
     What enters such a weight stays whole: each rank takes its part of it (the third convolution of
     a bottleneck, whose other two share a cut).
     """
-    alone: list[str] = []
-    for node, dim in _summed_weights(analysis, trained):
+    found: dict[str, Cut] = {}
+    for node, dim in _summed_weights(analysis, tried.trained):
         size = shape(node.meta["val"])[dim]
-        if node.name in cuts or node.name in alone or size < ranks:
+        if node.name in cuts or node.name in found or size < tried.ranks:
             continue
-        cut = Cut(dim, Split(1, (Block(size, even_bounds(size, ranks, size)),)))
-        walk = Rewriting(traced.copy().graph, {node.name: cut}, Group(0, ranks), trained, dry=True)
-        try:
-            walk.run()
-        except CannotCut:
-            continue
-        moved = sum(_elements(each) for each in walk.communication)
-        with_it = {**cuts, node.name: cut}
-        enough = walk.macs >= WORK * moved and not walk.cut_outputs
-        if enough and _why_not(traced, with_it, ranks, trained) is None:
-            cuts = with_it
-            alone.append(node.name)
+        cut = Cut(dim, Split(1, (Block(size, even_bounds(size, tried.ranks, size)),)))
+        if tried.pays({node.name: cut}):
+            found[node.name] = cut
+    if tried.why_not({**cuts, **found}) is None:
+        return {**cuts, **found}, list(found)
+    alone = []
+    for name, cut in found.items():
+        if tried.why_not({**cuts, name: cut}) is None:
+            cuts = {**cuts, name: cut}
+            alone.append(name)
     return cuts, alone
 
 
@@ -241,18 +279,6 @@ def _summed_weights(analysis: Analysis, trained: frozenset[str]) -> Iterable[tup
                 for dim, term in enumerate(operand.terms):
                     if len(term.labels) == 1 and term.labels[0] in relation.sums:
                         yield operand.node, dim
-
-
-def _why_not(
-    traced: Graphed, cuts: dict[str, Cut], ranks: int, trained: frozenset[str]
-) -> str | None:
-    for rank in {0, ranks - 1}:
-        walk = Rewriting(traced.copy().graph, cuts, Group(rank, ranks), trained)
-        try:
-            walk.run()
-        except CannotCut as error:
-            return str(error)
-    return None
 
 
 def _cut(dim: int, axis: Any, ranks: int) -> Cut:
@@ -300,7 +326,7 @@ def _reasons(
                 whole.setdefault(_why(trial, gains, trials, chosen), []).append(path)
     for name, size in shapes.items():
         if name not in told:
-            why = "a single number" if _numel(size) == 1 else "not used by the model's forward"
+            why = "a single number" if numel(size) == 1 else "not used by the model's forward"
             whole.setdefault(why, []).append(name)
     lines += [f"{', '.join(names)}: whole: {why}" for why, names in whole.items()]
     return tuple(lines)
@@ -323,14 +349,3 @@ def _why(trial: _Trial, gains: dict[int, float], trials: list[_Trial], chosen: s
     others = [each for each in trials if each.one.number in trial.one.conflicts & chosen]
     names = [name for each in others for name in each.one.tensors]
     return f"beside {len(names)} tensors that are cut along another dimension"
-
-
-def _numel(size: Iterable[Any]) -> int:
-    result = 1
-    for number in size:
-        result *= hint(number)
-    return result
-
-
-def _elements(node: Node) -> int:
-    return _numel(node.meta["val"].shape)

@@ -9,12 +9,12 @@ an in-place one; operators that torch tags as point-wise need none.
 import torch
 from torch.fx import Node
 
-from shoal.parallel.tensor import layers, shapes
+from shoal.parallel.tensor import layers, reductions, shapes
 from shoal.parallel.tensor.calls import Call, overload_name
 from shoal.parallel.tensor.relation import Relation
 from shoal.parallel.tensor.rules import POINTWISE, find, pointwise
 
-TABLES = (layers, shapes)  # modules whose import fills the table
+TABLES = (layers, reductions, shapes)  # modules whose import fills the table
 
 
 def relate(node: Node) -> Relation | None:

@@ -1,6 +1,6 @@
 """What an operation of the graph does with its dimensions, said once for planning and rewriting.
 
-Every dimension of an operand or a result is made of *labels*, as in einsum, but one dimension may be
+Every dimension of an operand or a result is made of *labels*, as in einsum, but one may be
 a product of labels (outer first) or a row of them:
 
     linear     x [b, k], weight [o, k], bias [o]  →  [b, o]            sums over k

@@ -7,8 +7,10 @@ size(4·s0)   4000012           so factors are found by division, and none is fo
 factors([b, 512], [b, 8, 64])        # [b, 8, 64]
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,11 @@ def size(number: Any) -> int:
     """`number`, an int or a SymInt, as an int."""
     if isinstance(number, int):
         return number
-    expression = number.node.expr
+    return _stand_in(number.node.expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stand_in(expression: Any) -> int:
     values = {symbol: _prime(str(symbol)) for symbol in expression.free_symbols}
     return int(expression.subs(values))
 
@@ -32,6 +38,11 @@ def hint(number: Any) -> int:
         return number
     found = number.node.hint
     return int(found) if found is not None else 2
+
+
+def numel(sizes: Iterable[Any]) -> int:
+    """The number of elements at the traced sizes."""
+    return math.prod(hint(number) for number in sizes)
 
 
 def shape(value: torch.Tensor) -> list[int]:

@@ -71,7 +71,7 @@ class Split:
         return Split(self.outer, whole) if len(whole) == len(blocks) else None
 
     def resized(self, size: int) -> "Split | None":
-        """The same parts of a dimension of another size; None where they do not fall on elements."""
+        """The same parts of a dimension of another size; None where they fall inside elements."""
         if size == self.size:
             return self
         if size % self.outer:
@@ -97,6 +97,18 @@ class Split:
         return found
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A value lies on the ranks along `dim` as `split`."""
+
+    dim: int
+    split: Split
+
+
+class CannotCut(Exception):
+    """Why an operation cannot work on what is cut."""
+
+
 def even_bounds(units: int, ranks: int, size: int) -> tuple[int, ...]:
     """Bounds in elements: units as even as they go, the first ranks have one more."""
     share, more = divmod(units, ranks)
@@ -105,7 +117,7 @@ def even_bounds(units: int, ranks: int, size: int) -> tuple[int, ...]:
 
 
 def in_product(split: Split, factors: list[int]) -> tuple[int, Split] | None:
-    """Of a dimension that is the product of `factors` (outer first): the one that is cut, and how."""
+    """Of a product of `factors` (outer first): the index of the one that is cut, and how."""
     before = 1
     for index, factor in enumerate(factors):
         after = 1

@@ -125,7 +125,7 @@ class CutScores(Tensor):
     def __new__(cls: type["CutScores"], local: Tensor, dim: int, mine: Range) -> "CutScores":
         size = list(local.shape)
         size[dim] = mine.classes
-        made: CutScores = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CutScores = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         made.local, made.cut_dim, made.range, made._whole = local, dim, mine, None
@@ -167,13 +167,16 @@ class CutScores(Tensor):
         return func(*plain, **{key: _plain(value) for key, value in given.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         plain = [_plain(each) for each in args]
         return func(*plain, **{key: _plain(value) for key, value in (kwargs or {}).items()})
 
 
 _ASKED = {"shape", "dtype", "device", "ndim", "requires_grad", "is_floating_point", "is_complex",
-          "dim", "size", "numel", "nelement", "layout", "is_sparse", "is_cuda", "__len__", "__repr__",
+          "dim", "size", "numel", "nelement", "layout", "is_sparse", "is_cuda", "__len__",
+          "__repr__",
           "element_size", "itemsize", "is_nested", "is_quantized", "is_meta", "is_leaf",
           "local", "cut_dim", "range", "_whole", "__hash__", "ndimension"}  # fmt: skip
 

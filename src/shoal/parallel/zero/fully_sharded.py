@@ -64,7 +64,9 @@ class FullySharded:
     # ---- cutting
 
     def _wrap(self, root: nn.Module, model: nn.Module) -> None:
-        mesh = DeviceMesh.from_group(self._group.process_group, self._device.type)
+        ranks = self._group.process_group
+        assert ranks is not None  # one rank alone shards nothing
+        mesh = DeviceMesh.from_group(ranks, self._device.type)
         names = {module: name for name, module in model.named_modules()}
         units = {names[block]: block for block in _own_blocks(model)}
         for number, (name, block) in enumerate({**units, "": root}.items()):
@@ -197,7 +199,7 @@ class _Comm:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _Gather(_Comm, AllGather):
+class _Gather(_Comm, AllGather):  # type: ignore[misc]  # torch's own `allocate` is abstract
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> None:
@@ -206,7 +208,7 @@ class _Gather(_Comm, AllGather):
         self._group.all_gather_into(output_tensor, input_tensor, "parameter")
 
 
-class _Scatter(_Comm, ReduceScatter):
+class _Scatter(_Comm, ReduceScatter):  # type: ignore[misc]
     def __call__(
         self,
         output_tensor: Tensor,
@@ -265,7 +267,7 @@ def _no_views(_block: nn.Module, _inputs: Any, outputs: Any) -> Any:
 
 
 def _parameter_groups(block: Any) -> list[Any]:
-    """torch's groups of the parameters of one unit; private, and of another name before 2.12."""
+    """torch's own groups of one unit's parameters: private, and some versions have one only."""
     state = block._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:

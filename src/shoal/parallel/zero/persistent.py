@@ -47,7 +47,7 @@ def persistent(
     parameters = _bytes([*plain, *holding.parameters()])
     gradients = [p.grad for p in [*holding.parameters(), *running.parameters()]]
     state = {
-        f"{names[p]}/{key}": value
+        f"{names[p]}/{key}": value  # type: ignore[index]
         for p, values in optimizer.state.items()
         for key, value in values.items()
         if isinstance(value, Tensor)
