@@ -157,9 +157,4 @@ def _not_staged_yet(strategy: Strategy) -> list[str]:
     """What a model that is traced and cut (pp, tp) can't be combined with yet."""
     if strategy.pp * strategy.tp == 1:
         return []
-    missing = []
-    if strategy.zero is not None and strategy.zero.stage > 1:
-        missing.append(f"{strategy.zero} with pp or tp")
-    if strategy.compile:
-        missing.append("+compile with pp or tp")
-    return missing
+    return ["+compile with pp or tp"] if strategy.compile else []

@@ -29,7 +29,7 @@ from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
-from shoal.parallel.zero import shard
+from shoal.parallel.zero import GatheredRows, shard
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -74,11 +74,15 @@ def build_staged_replica(
     """
     table = staging.table(groups.pipeline.size)
     builder = _Builder(model, groups, table, BatchGroups(normalize_over, groups.statistics), seed)
-    parameters = list(model.parameters())
-    _require_training(parameters)
-    if numerics.channels_last:
+    if zero > 1 and groups.shard.size > 1:
+        builder.rows = GatheredRows(groups, keep=zero == 2, later=table.splits_backward)
+    _require_training(model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # Rows are cut in the usual order only: there, inputs alone are so.
+    if numerics.channels_last and builder.rows is None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     builder.make_forms(_like_microbatch(inputs, staging.microbatches), recompute)
+    states = shard(zero, model, model, groups, offload=offload, traced=builder.rows)
     links = Links(groups.pipeline, table, groups.device)
     return StagedReplica(
         Parts(
@@ -95,17 +99,18 @@ def build_staged_replica(
             builder.tied(),
             Completion(builder.parameters_by_stage()),
             builder.cut,
-            shard(zero, model, model, groups, offload=offload),
+            states,
+            builder.rows,
             builder.about,
             builder.has_norms,
             builder.plan,
-            sum(parameter.numel() for parameter in parameters),
+            count,
         )
     )
 
 
-def _require_training(parameters: list[nn.Parameter]) -> None:
-    if not any(parameter.requires_grad for parameter in parameters):
+def _require_training(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise Refused(
             "every parameter of this model is frozen (requires_grad is False): "
             "there is nothing to train",
@@ -136,6 +141,7 @@ class _Builder:
         self.key = StepKey(seed)
         self.key.know(model)
         self.later = Later()
+        self.rows: GatheredRows | None = None
         self.cut: dict[str, Part] = {}
         self.plan: tensor.TensorPlan | None = None
         self.about: tuple[str, ...] = ()
@@ -143,16 +149,24 @@ class _Builder:
 
     def make_forms(self, example: tuple[Any, int], recompute: bool) -> None:
         blocks: tuple[str, ...] = ()
-        if recompute:
+        if recompute or self.rows is not None:
             paths = {id(module): path for path, module in self.model.named_modules()}
             blocks = tuple(paths[id(block)] for block in find_blocks(self.model))
-            if not blocks:
+            if recompute and not blocks:
                 raise Refused(
                     "recompute: this model has no blocks (children of an nn.Sequential or "
                     "nn.ModuleList)",
                     hint="Leave +recompute out, or group the model's layers into an nn.Sequential.",
                 )
-        self.forms = Forms(self.model, self.table, self.groups.pipeline.rank, self.rewrite, blocks)
+        self.forms = Forms(
+            self.model,
+            self.table,
+            self.groups.pipeline.rank,
+            self.rewrite,
+            blocks,
+            again=recompute,
+            rows=self.rows,
+        )
         self.forms.of(training=True, inputs=example[0], rows=example[1])
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
@@ -213,5 +227,6 @@ class _Builder:
             parameter = held.get(name)
             if isinstance(parameter, nn.Parameter):
                 ranks = {self.table.rank_of(stage) for stage in stages}
-                holders[parameter] = tuple(sorted(ranks))
+                kept = parameter if self.rows is None else self.rows.piece_of(parameter)
+                holders[kept] = tuple(sorted(ranks))
         return Tied(self.groups.pipeline, holders)

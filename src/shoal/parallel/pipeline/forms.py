@@ -25,6 +25,7 @@ from shoal.parallel.pipeline.placing import (
     skeleton_of,
     tensors_of,
 )
+from shoal.parallel.zero.gathered import GatheredRows
 from shoal.schedule import Table
 from shoal.trace import Traced, trace
 
@@ -68,7 +69,8 @@ class Forms:
     """All forms of one rank's model. Making the first takes the other stages' tensors out of it.
 
     ``rewrite(traced, training)`` prepares a trace to be cut; ``blocks`` are the paths of modules
-    to be computed again in the backward pass.
+    with borders around them: to be computed again in the backward pass (``again``), or to have
+    their parameters gathered together (``rows``).
     """
 
     model: nn.Module
@@ -76,6 +78,8 @@ class Forms:
     rank: int
     rewrite: Rewrite
     blocks: tuple[str, ...] = ()
+    again: bool = False
+    rows: GatheredRows | None = None
     holders: dict[str, set[int]] = field(default_factory=dict)
     boundaries: tuple[int, ...] = ()
     _known: dict[bool, list[Form]] = field(default_factory=lambda: {True: [], False: []})
@@ -106,7 +110,7 @@ class Forms:
             keep_only(self.model, self._kept())
         else:
             found = follow(traced, self._first, self.holders, self.names)
-            cut = cut_at(traced, found, self.blocks if training else ())
+            cut = cut_at(traced, found, self.blocks if training or self.rows else ())
         return Form(traced, self._chunks(cut))
 
     def _kept(self) -> set[str]:
@@ -115,7 +119,13 @@ class Forms:
 
     def _chunks(self, cut: Cut) -> dict[int, Chunk]:
         held = dict(self.skeleton.named_buffers(remove_duplicate=False)) | tensors_of(self.model)
-        return {
-            stage: Chunk(cut.stages[stage], held, cut.again[stage])
-            for stage in self.table.stages_of(self.rank)
-        }
+        return {stage: self._chunk(cut, stage, held) for stage in self.table.stages_of(self.rank)}
+
+    def _chunk(self, cut: Cut, stage: int, held: dict[str, Tensor]) -> Chunk:
+        segments = cut.stages[stage]
+        again = cut.again[stage] if self.again else [False] * len(segments)
+        if self.rows is None:
+            return Chunk(segments, held, again)
+        needed = [[held[path] for path in segment.state.values()] for segment in segments]
+        units = [self.rows.unit(stage, number, each) for number, each in enumerate(needed)]
+        return Chunk(segments, held, again, self.rows, units)
