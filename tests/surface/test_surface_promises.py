@@ -20,7 +20,7 @@ OPTIONS = {
         "--json", "--debug", "--help", "-h",
     },
     "verify": {
-        "--strategy", "-s", "--steps", "--set", "--out", "--json", "--debug", "--help", "-h",
+        "--strategy", "-s", "--steps", "--dtype", "--set", "--out", "--json", "--debug", "--help", "-h",
     },
 }  # fmt: skip
 

@@ -18,7 +18,9 @@ FLOOR = 0.001
 
 def magnitude(tensor: Tensor) -> float:
     """max|tensor|; 0 for an empty one."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 0.0
+    return float(tensor.any() if tensor.dtype == torch.bool else tensor.abs().max())
 
 
 def scale_of(tensors: Iterable[Tensor]) -> float:
