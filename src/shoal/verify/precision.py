@@ -5,14 +5,14 @@ With R one device in float64, L one device in the lower precision and M the rank
     |M − R|  ≤  |M − L| + |L − R|  ≤  2 · |L − R|
 
 A split changes the order of sums, so M − L is a second rounding of the same size as L − R, which is
-measured: hence the factor of two, of which the second part is the split's. It is measured for each
-tensor. One that happened to round well is given what half of its kind show (the median), and no
-tensor less than one rounding of its type. Errors add up over steps: the largest so far counts.
+measured: hence the factor of two, of which the second part is the split's. Each tensor is given
+what the worst of its kind shows, and not less than one rounding of its type: Adam turns a gradient
+that is noise into a step of full size, in one tensor here and in another there, and the next step
+begins from those weights. Errors add up over steps: the largest so far counts.
 
-    allowed = 2 · max(own |L − R|, median of its kind) + unit of rounding
+    allowed = 2 · largest |L − R| of its kind + unit of rounding
 """
 
-import statistics
 from dataclasses import dataclass, field
 
 import torch
@@ -66,12 +66,9 @@ class Yardstick:
     def _allowed(self, kind: str, right: Record) -> dict[str, float]:
         known = self.seen[kind]
         floating = {n: e for n, e in known.items() if right.tensors[kind][n].is_floating_point()}
-        usual = statistics.median(floating.values()) if floating else 0.0
+        largest = max(floating.values(), default=0.0)
         unit = self.precision.unit(kind)
-        return {
-            name: FACTOR * max(error, usual) + unit if name in floating else 0.0
-            for name, error in known.items()
-        }
+        return {name: FACTOR * largest + unit if name in floating else 0.0 for name in known}
 
     def by_kind(self) -> dict[str, float]:
         """The largest error of each kind."""
