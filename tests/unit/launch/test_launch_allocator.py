@@ -32,7 +32,7 @@ def test_memory_goes_back_above_a_fixed_size(
     if started_with is not None:
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(started_with))
     allocator.give_back()
-    assert library.set == [(-1, 1 << 20), (-3, 1 << 20)]
+    assert dict(library.set) == {-1: 1 << 20, -3: 1 << 20}
 
 
 def test_what_the_user_has_set_stays(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
