@@ -166,7 +166,9 @@ def _copies(groups: Any, case: Case, zero: int) -> list[dict[str, Any]]:
             inputs=inputs[start:stop], targets=targets[start:stop], rows=torch.arange(start, stop)
         )
         later = groups.world.all_reduce_later
-        totals = replica.forward_backward(rows, step, share, lambda v: later(v, "metric"))
+        totals = replica.forward_backward(
+            rows, step, share, lambda v, later=later: later(v, "metric")
+        )
         replica.rescale(float(totals[1]))
         norm = float(replica.gradient_norm())
         whole = {}

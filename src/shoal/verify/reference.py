@@ -40,6 +40,7 @@ class Reference:
         self.optimizer = workload.build_optimizer(self.model)
         # The state before the step that was done last, for hypotheses about it.
         self.before: dict[str, Any] = {}
+        self.earlier: dict[str, Any] = {}
         self.optimizer_before: dict[str, Any] = {}
 
     def batch(self, step: int) -> Any:
@@ -53,14 +54,17 @@ class Reference:
         for step in range(steps):
             yield self.step(step)
 
-    def begin(self, step: int, rows: Tensor, masks: Tensor | None = None) -> None:
+    def begin(
+        self, step: int, rows: Tensor, masks: Tensor | None = None, *, of_step: int | None = None
+    ) -> None:
         """Set what the layers of Shoal's own need to know of a forward pass of these rows.
 
-        ``masks``: the rows whose dropout masks are used, where they are others.
+        ``masks``: the rows whose dropout masks are used, where they are others; ``of_step``: the
+        step whose masks.
         """
         examples = self.workload.feed.batch_examples(step)
         self._groups.begin(rows, examples, [(0, examples)])
-        self._key.begin(step, rows if masks is None else masks, 0)
+        self._key.begin(step if of_step is None else of_step, rows if masks is None else masks, 0)
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs, with the masks of the step that `begin` has set."""
@@ -82,6 +86,7 @@ class Reference:
 
     def step(self, step: int, right: Record | None = None) -> Record:
         """Do one step. ``right``: the same step in float64, which says what is rounding only."""
+        self.earlier = self.before
         self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.optimizer_before = copy.deepcopy(self.optimizer.state_dict())
         batch = self.batch(step)

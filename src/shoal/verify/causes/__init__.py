@@ -2,28 +2,34 @@
 
 evidence ─┬─ between     ranks that hold the same, and have not the same
           ├─ shares      how the losses of the shares are put together
-          └─ …           the first that gives what the ranks have, names the cause
+          ├─ outputs     other masks, rows, biases, partial sums
+          ├─ gradients   multiples, some of the parts, one use of a tied parameter
+          └─ updates     the optimizer's step in other ways
+                         the first that gives what the ranks have, names the cause
 
 cause = likely_cause(evidence)              # on rank 0, after the differing step
 """
 
 from collections.abc import Callable
 
-from shoal.verify.causes.between import between_ranks
+from shoal.verify.causes.between import between_ranks, of_stale
+from shoal.verify.causes.gradients import of_gradients
+from shoal.verify.causes.outputs import of_outputs
 from shoal.verify.causes.shares import of_shares
+from shoal.verify.causes.updates import of_norms, of_updates
 from shoal.verify.evidence import Evidence
 
 Investigation = Callable[[Evidence], str | None]
 
 _BY_KIND: dict[str, tuple[Investigation, ...]] = {
-    "output": (of_shares,),
-    "loss": (of_shares,),
-    "gradient": (between_ranks, of_shares),
-    "gradient_norm": (),
-    "clipped": (between_ranks,),
+    "output": (of_shares, of_outputs),
+    "loss": (of_shares, of_gradients),
+    "gradient": (between_ranks, of_shares, of_gradients),
+    "gradient_norm": (of_norms,),
+    "clipped": (between_ranks, of_norms),
     "buffer": (between_ranks,),
-    "parameter": (between_ranks,),
-    "optimizer": (between_ranks,),
+    "parameter": (of_stale, of_updates, between_ranks),
+    "optimizer": (of_updates, between_ranks),
 }
 
 

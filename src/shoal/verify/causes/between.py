@@ -28,6 +28,14 @@ def between_ranks(evidence: Evidence) -> str | None:
     )
 
 
+def of_stale(evidence: Evidence) -> str | None:
+    """Copies of a weight of which one was not updated."""
+    odd = _odd(evidence)
+    if odd is None or evidence.first.kind != "parameter" or not _stale(evidence, odd):
+        return None
+    return between_ranks(evidence)
+
+
 def _odd(evidence: Evidence) -> Seen | None:
     """The rank that has another tensor than those that hold the same part of it.
 
@@ -41,7 +49,10 @@ def _odd(evidence: Evidence) -> Seen | None:
         if name not in evidence.wrong(seen, kind):
             continue
         for other in holders:
-            if other.layout[key] == seen.layout[key] and not _equal(seen, other, kind, name):
+            # Within a replica gradients may have to be summed: that has causes of its own.
+            apart = kind != "gradient" or other.place["dp"] != seen.place["dp"]
+            same = other.layout[key] == seen.layout[key]
+            if apart and same and not _equal(seen, other, kind, name):
                 return seen
     return None
 

@@ -13,7 +13,7 @@ With the losses of the shares of a batch, s_r (sums) and c_r (counts) of n_r exa
 the gradient that a hypothesis gives is compared with what the ranks had.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +164,18 @@ def _one_by_one(reference: Reference, step: int, batch: Any, shares: Shares) -> 
             targets = _rows(batch.targets, share, examples)
             pairs.append(reference.objective(outputs, targets))
     return pairs
+
+
+def gradient_of_rows(evidence: Evidence, rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """What some rows of the batch add to the right gradient: a forward pass for each range."""
+    reference, step = evidence.reference, evidence.step
+    batch, count = reference.batch(step), evidence.theirs.count or 1.0
+
+    def loss() -> Tensor:
+        pairs = _one_by_one(reference, step, batch, tuple(rows))
+        return torch.stack([loss for loss, _ in pairs]).sum() / count
+
+    return _gradient(reference, loss)
 
 
 def _rows(tree: Any, share: tuple[int, int], examples: int) -> Any:
