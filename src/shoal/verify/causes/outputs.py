@@ -104,7 +104,7 @@ def _not_gathered(evidence: Evidence) -> str | None:
             part = seen.layout.get(name)
             if part is None or part.is_whole or part.global_shape != tuple(value.shape):
                 return value
-            kept = earlier[name].clone()
+            kept: Tensor = earlier[name].clone()
             for box, _ in part.places():
                 index = tuple(slice(a, b) for a, b in zip(box.offset, box.stop, strict=True))
                 kept[index] = before[name][index]
