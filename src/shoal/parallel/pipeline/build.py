@@ -19,6 +19,7 @@ from shoal.layout import Part
 from shoal.parallel import tensor
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.pipeline.completion import Completion
+from shoal.parallel.pipeline.describing import of_tensors
 from shoal.parallel.pipeline.forms import Forms
 from shoal.parallel.pipeline.links import Links
 from shoal.parallel.pipeline.norms import batch_norms, refuse_written_buffers, use_group_norms
@@ -29,7 +30,7 @@ from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
-from shoal.parallel.zero import shard
+from shoal.parallel.zero import of_zero, shard
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -80,6 +81,7 @@ def build_staged_replica(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     builder.make_forms(_like_microbatch(inputs, staging.microbatches), recompute)
     links = Links(groups.pipeline, table, groups.device)
+    about = (*builder.forms.about, *builder.about, *of_zero(zero, parameters, groups.shard.size))
     return StagedReplica(
         Parts(
             model,
@@ -96,7 +98,7 @@ def build_staged_replica(
             Completion(builder.parameters_by_stage()),
             builder.cut,
             shard(zero, model, model, groups, offload=offload),
-            builder.about,
+            about,
             builder.has_norms,
             sum(parameter.numel() for parameter in parameters),
         )
@@ -179,7 +181,7 @@ class _Builder:
             for name, first in self.forms.names.items():
                 if first in self.plan.cuts:
                     self.cut[name] = parts[first]
-            self.about += (*self.plan.reasons, *self.plan.warnings)
+            self.about = of_tensors(self.plan)
         return tensor.apply(self.plan, traced, self.forms.skeleton, group)
 
     def _check_norms(self, training: bool) -> None:
