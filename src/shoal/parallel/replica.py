@@ -95,6 +95,7 @@ class Replica:
         randomness: StepKey,
         states: States | None = None,
         microbatches: int = 1,
+        about: tuple[str, ...] = (),
     ) -> None:
         self.body = body
         self.numerics = numerics
@@ -104,6 +105,7 @@ class Replica:
         self.ranks = groups.group.size
         self._groups = groups
         self._randomness = randomness
+        self._about = about
         self._divisor = 1.0
 
     @property
@@ -115,6 +117,10 @@ class Replica:
     def holding(self) -> nn.Module:
         """The user's module with the tensors that this rank keeps and updates, by their names."""
         return self.states.holding
+
+    def describe(self) -> tuple[str, ...]:
+        """What is cut, and why, a line each."""
+        return self._about
 
     @property
     def judges(self) -> bool:

@@ -19,6 +19,7 @@ from shoal.layout import Part
 from shoal.parallel import tensor
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.pipeline.completion import Completion
+from shoal.parallel.pipeline.describing import of_tensors
 from shoal.parallel.pipeline.forms import Forms
 from shoal.parallel.pipeline.links import Links
 from shoal.parallel.pipeline.norms import batch_norms, refuse_written_buffers, use_group_norms
@@ -29,7 +30,7 @@ from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
-from shoal.parallel.zero import GatheredRows, shard
+from shoal.parallel.zero import GatheredRows, of_zero, shard
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -78,12 +79,14 @@ def build_staged_replica(
         builder.rows = GatheredRows(groups, keep=zero == 2, later=table.splits_backward)
     _require_training(model)
     count = sum(parameter.numel() for parameter in model.parameters())
+    of_states = of_zero(zero, list(model.parameters()), groups.shard.size)
     # Rows are cut in the usual order only: there, inputs alone are so.
     if numerics.channels_last and builder.rows is None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     builder.make_forms(_like_microbatch(inputs, staging.microbatches), recompute)
     states = shard(zero, model, model, groups, offload=offload, traced=builder.rows)
     links = Links(groups.pipeline, table, groups.device)
+    about = (*builder.forms.about, *builder.about, *of_states)
     return StagedReplica(
         Parts(
             model,
@@ -101,7 +104,7 @@ def build_staged_replica(
             builder.cut,
             states,
             builder.rows,
-            builder.about,
+            about,
             builder.has_norms,
             builder.plan,
             count,
@@ -194,7 +197,7 @@ class _Builder:
             for name, first in self.forms.names.items():
                 if first in self.plan.cuts:
                     self.cut[name] = parts[first]
-            self.about += (*self.plan.reasons, *self.plan.warnings)
+            self.about = of_tensors(self.plan)
         return tensor.apply(self.plan, traced, self.forms.skeleton, group)
 
     def _check_norms(self, training: bool) -> None:

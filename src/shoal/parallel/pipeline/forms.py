@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shoal.parallel.pipeline.chunk import Chunk
 from shoal.parallel.pipeline.cutting import Cut, choose, cut_at, follow
+from shoal.parallel.pipeline.describing import of_masks, of_stages
 from shoal.parallel.pipeline.placing import (
     find_holders,
     keep_only,
@@ -82,6 +83,7 @@ class Forms:
     rows: GatheredRows | None = None
     holders: dict[str, set[int]] = field(default_factory=dict)
     boundaries: tuple[int, ...] = ()
+    about: tuple[str, ...] = ()  # where it is cut and why, in words
     _known: dict[bool, list[Form]] = field(default_factory=lambda: {True: [], False: []})
     _first: Cut | None = None
 
@@ -106,6 +108,7 @@ class Forms:
         if self._first is None:
             self.boundaries = choose(traced, self.table.stages, costs)
             cut = self._first = cut_at(traced, self.boundaries, self.blocks)
+            self.about = (*of_stages(traced, self.boundaries, costs, self.table), *of_masks(traced))
             self.holders = find_holders(self.model, cut.stages)
             keep_only(self.model, self._kept())
         else:
