@@ -117,6 +117,8 @@ def assemble(
     _rebind(optimizer, group_names, dict(replica.holding.named_parameters()))
     cut = execution.zero or groups.tensor.size > 1
     warnings = learn.check_cut(optimizer) if cut else ()
+    if groups.pipeline.size > 1 and not cut:
+        warnings = learn.check_parted(optimizer)
     agreement = build_agreement(groups, summed=replica.sums_gradients)
     agreement.attach(replica)
     job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings)
