@@ -29,7 +29,8 @@ _TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 31, 64, 97, 128, 1000, 1023, 40
 ADVICE = (
     "Only pipeline (ppN) and tensor (tpN) parallelism need a trace of the model: dpN and "
     "dpN/zeroK run the module itself. Or write this line without looking at a tensor's values "
-    "(torch.where, masks, multiplication)."
+    "(torch.where, masks, multiplication), or make the model an nn.Sequential of blocks, which is "
+    "cut between them without a trace."
 )
 
 

@@ -18,6 +18,7 @@ from shoal.errors import Refused
 from shoal.layout import Part
 from shoal.parallel import tensor
 from shoal.parallel.batch_groups import BatchGroups
+from shoal.parallel.pipeline.blocks import has_batch_norms, use_blocks
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.describing import of_tensors
 from shoal.parallel.pipeline.forms import Forms
@@ -174,6 +175,8 @@ class _Builder:
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
         """Everything that is done to a trace before it is cut."""
+        if traced.blocks is not None:
+            return self._prepare_blocks(traced, training)
         traced = self._cut_layers(traced)
         use_counted_randomness(traced, self.key)
         if batch_norms(traced):
@@ -183,6 +186,19 @@ class _Builder:
             refuse_written_buffers(traced)
         if self.table.splits_backward and training:
             split_weights(traced, self.later)
+        return traced
+
+    def _prepare_blocks(self, traced: Traced, training: bool) -> Traced:
+        """The same for a model whose children run as they are: their layers are made ours."""
+        skeleton = self.forms.skeleton
+        if has_batch_norms(skeleton):
+            self._check_norms(training)
+        once = training and self.table.microbatches == 1 and not self.forms.blocks
+        use_blocks(traced, skeleton, self.key, self.batch_groups, may_write=once or not training)
+        if self.groups.tensor.size > 1 and self.plan is None:
+            self.plan = tensor.nothing(self.groups.tensor.size, skeleton)
+            self.about += self.plan.warnings
+        self.about = tuple(dict.fromkeys((*self.about, *traced.notes)))
         return traced
 
     def _cut_layers(self, traced: Traced) -> Traced:

@@ -10,6 +10,7 @@ its parameters lie. Models are traced again from a skeleton without memory, sinc
 only its own stages' tensors.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,9 @@ from shoal.parallel.pipeline.placing import (
     tensors_of,
 )
 from shoal.parallel.zero.gathered import GatheredRows
+from shoal.parallel.randomness import StepKey, intercepting
 from shoal.schedule import Table
-from shoal.trace import Traced, trace
+from shoal.trace import Blocks, Traced, trace, trace_blocks
 
 Rewrite = Callable[[Traced, bool], Traced]
 
@@ -86,6 +88,7 @@ class Forms:
     about: tuple[str, ...] = ()  # where it is cut and why, in words
     _known: dict[bool, list[Form]] = field(default_factory=lambda: {True: [], False: []})
     _first: Cut | None = None
+    split: Blocks | None = None  # of a model that is cut between its children, untraced
 
     def __post_init__(self) -> None:
         self.skeleton = skeleton_of(self.model)
@@ -100,9 +103,13 @@ class Forms:
             known.append(found)
         return found
 
+    def in_backward(self, key: StepKey) -> contextlib.AbstractContextManager[object]:
+        """For a backward pass: what runs again in it, of a block's own accord, draws as we count."""
+        return intercepting(key) if self.split is not None else contextlib.nullcontext()
+
     def _make(self, training: bool, inputs: Any, rows: int) -> Form:
         self.skeleton.train(training)
-        traced = trace(self.skeleton, inputs, rows)
+        traced = self._traced(inputs, rows)
         costs = traced.costs  # of operations that rewriting may make unknown ones
         traced = self.rewrite(traced, training)
         if self._first is None:
@@ -115,6 +122,15 @@ class Forms:
             found = follow(traced, self._first, self.holders, self.names)
             cut = cut_at(traced, found, self.blocks if training or self.rows else ())
         return Form(traced, self._chunks(cut))
+
+    def _traced(self, inputs: Any, rows: int) -> Traced:
+        """Of the skeleton. Whether at its operations or its children, the first trace decides."""
+        if self.split is not None:
+            return trace_blocks(self.skeleton, inputs, rows, self.split)
+        first = self._first is None
+        traced = trace(self.skeleton, inputs, rows, whole=self.model, split=first)
+        self.split = traced.blocks
+        return traced
 
     def _kept(self) -> set[str]:
         mine = set(self.table.stages_of(self.rank))

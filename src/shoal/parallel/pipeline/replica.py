@@ -265,7 +265,7 @@ class StagedReplica:
         self._enter(run, microbatch)
         parts.later.at = (stage, microbatch)
         if roots:
-            with parts.batch_groups.recomputation():
+            with parts.batch_groups.recomputation(), parts.forms.in_backward(parts.randomness):
                 torch.autograd.backward(roots, gradients)
         if stage:
             of_received = [None if value is None else value.grad for value in kept.received]

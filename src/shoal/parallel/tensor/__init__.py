@@ -14,7 +14,7 @@ vocabulary.py                                 cross-entropy of scores that are n
 
 from shoal.parallel.tensor.counting import comm_bytes, loss_bytes
 from shoal.parallel.tensor.cutting import apply, cut_model
-from shoal.parallel.tensor.plan import TensorPlan, plan
+from shoal.parallel.tensor.plan import TensorPlan, nothing, plan
 from shoal.parallel.tensor.vocabulary import CutScores, gather_outputs, wrap
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "cut_model",
     "gather_outputs",
     "loss_bytes",
+    "nothing",
     "plan",
     "wrap",
 ]
