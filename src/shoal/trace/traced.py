@@ -269,11 +269,21 @@ def _assign_buffers(traced: Traced, assigned: tuple[str, ...]) -> None:
     values = results[len(results) - len(assigned) :]
     with traced.graph.inserting_before(output):
         for path, value in zip(assigned, values, strict=True):
+            _check_assigned(path, nodes[places[path]].meta["val"], value.meta["val"])
             detached = traced.graph.call_function(torch.ops.aten.detach.default, (value,))
             traced.graph.call_function(
                 torch.ops.aten.copy_.default, (nodes[places[path]], detached)
             )
     output.args = (tuple(results[: len(results) - len(assigned)]),)
+
+
+def _check_assigned(path: str, old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape or old.dtype != new.dtype:
+        raise Refused(
+            f"the forward pass gives the buffer {path} another shape or type: "
+            f"{tuple(old.shape)} {old.dtype} becomes {tuple(new.shape)} {new.dtype}",
+            hint=ADVICE,
+        )
 
 
 def _annotate(graph: Graph) -> None:
