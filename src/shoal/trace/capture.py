@@ -149,8 +149,11 @@ def _own_gradients(outputs: list[Tensor]) -> tuple[str, ...]:
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found[type(node).__name__.removesuffix("Backward")] = None
+        kind = type(node).__name__
+        # Those of torch.library's operations are kept: the operation is in the graph, as itself.
+        generated = kind.startswith("GeneratedBackwardFor_")
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
+            found[kind.removesuffix("Backward")] = None
         waiting += [before for before, _ in node.next_functions if before is not None]
     return tuple(found)
 
