@@ -21,15 +21,8 @@ RECIPE = {
     "name": "moving",
     "batch_size": 50,
     "steps": 10,
-    "model": {
-        "name": "transformer",
-        "width": 16,
-        "heads": 4,
-        "layers": 2,
-        "dropout": 0.1,
-        "features": 8,
-        "length": 8,
-    },
+    "model": {"name": "transformer", "width": 16, "heads": 4, "layers": 2, "dropout": 0.1}
+    | {"features": 8, "length": 8},
     "data": {"train": "digits:train"},
     "objective": "cross_entropy",
     "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.1, "clip_norm": 1.0},

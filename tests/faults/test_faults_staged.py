@@ -94,7 +94,7 @@ def test_a_pipeline_that_is_stopped_goes_on_in_one_rank(staged):
 @pytest.mark.parametrize(
     ("strategy", "model", "words"),
     [
-        ("pp2", "Looking", "mine.py:23: if h.sum() > 0:"),
+        ("pp2", "Looking", "mine.py:22: if h.sum() > 0:"),
         ("pp2", "Alone", "2 stages needs 1 cut, and the model has no places where it can be cut"),
     ],
 )
