@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.fx import Graph, Node
-from torch.func import functional_call  # type: ignore[attr-defined]
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.errors import Refused, UserCodeError
@@ -190,7 +190,13 @@ class Blocks:
         parts = []
         for index, tensor in enumerate(made):
             part = graph.call_function(operator.getitem, (node, index))
-            part.meta = {"val": tensor, "path": step[0], "call": index, "line": line, "seconds": 0.0}
+            part.meta = {
+                "val": tensor,
+                "path": step[0],
+                "call": index,
+                "line": line,
+                "seconds": 0.0,
+            }
             parts.append(part)
         return parts
 
@@ -248,7 +254,7 @@ def _watch(model: nn.Module, inputs: Any) -> _Run:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _hollow(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -49,8 +49,8 @@ class Traced:
     tensor. ``inputs``: placeholders in the order of `flatten`. ``static_rows``: None, or the one
     number of rows that the graph holds for. ``parameters``: the qualified names that are
     parameters. ``notes``: what the user might want to know. ``cut_outputs``: output → the dimension
-    along which it stays cut, filled in by tensor parallelism. ``blocks``: None, or what is known of a
-    sequential model that could not be traced: its operations are its children then.
+    along which it stays cut, filled in by tensor parallelism. ``blocks``: None, or what is known of
+    a sequential model that could not be traced: its operations are its children then.
     """
 
     graph: Graph
@@ -154,8 +154,8 @@ def trace(
     ``inputs`` as its forward takes them (a tuple: positional arguments, else one argument), with
     ``rows`` examples, two or more: dimension 0 of each tensor whose size is ``rows`` is then free,
     where the model allows. A sequential model that cannot be traced is split at its children, see
-    `Blocks`, unless not ``split``; ``whole`` is the same model with its values, if `model` has none.
-    Raises Refused naming the line that cannot be traced.
+    `Blocks`, unless not ``split``; ``whole`` is the same model with its values, if `model` has
+    none. Raises Refused naming the line that cannot be traced.
     """
     try:
         return _operations(model, inputs, rows)

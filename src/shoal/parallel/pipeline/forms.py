@@ -26,8 +26,8 @@ from shoal.parallel.pipeline.placing import (
     skeleton_of,
     tensors_of,
 )
-from shoal.parallel.zero.gathered import GatheredRows
 from shoal.parallel.randomness import StepKey, intercepting
+from shoal.parallel.zero.gathered import GatheredRows
 from shoal.schedule import Table
 from shoal.trace import Blocks, Traced, trace, trace_blocks
 
@@ -102,7 +102,7 @@ class Forms:
         return found
 
     def in_backward(self, key: StepKey) -> contextlib.AbstractContextManager[object]:
-        """For a backward pass: what runs again in it, of a block's own accord, draws as we count."""
+        """For a backward pass: what a block runs again in it, by itself, draws as we count."""
         return intercepting(key) if self.split is not None else contextlib.nullcontext()
 
     def _make(self, training: bool, inputs: Any, rows: int) -> Form:
