@@ -62,6 +62,23 @@ class BranchesOnInputs(nn.Module):
         return self.body(x)
 
 
+class Clips(nn.Module):
+    """One unit of a sequential model; what it does depends on the values of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.drop = nn.LayerNorm(6), nn.Linear(6, 6), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(torch.tanh(self.layer(self.norm(x))))
+        return x.clamp(-1, 1) if bool((x.abs() > 1).any()) else x * 0.9
+
+
+def sequential_blocks() -> nn.Module:
+    """What cannot be traced is cut between the children of an nn.Sequential."""
+    return nn.Sequential(nn.Linear(5, 6), *(Clips() for _ in range(4)), nn.Linear(6, 5))
+
+
 class Repeats(nn.Module):
     """As many rounds as a Python list of the model says, one layer for all of them."""
 
@@ -355,6 +372,7 @@ SUBJECTS = [
     awkward("one-layer", Linear, "fewer places to cut than stages"),
     awkward("branches-on-weights", BranchesOnWeights, "control flow on a weight's value"),
     awkward("branches-on-inputs", BranchesOnInputs, "control flow on an input's value"),
+    awkward("sequential-blocks", sequential_blocks, "blocks with control flow on values, in a row"),
     awkward("repeats", Repeats, "a layer used four times, under two names", optimizer=ADAMW),
     awkward("frozen", frozen, "nothing learns"),
     awkward("frozen-below", frozen_below, "the first layers do not learn", optimizer=ADAMW),
