@@ -66,9 +66,7 @@ class Chunk(nn.Module):
                 self._hold(key, tensors[path])
             passing = _only_passed_on(segment)
             given = tuple(n for n in (*segment.inputs, *segment.live_in) if n not in passing)
-            self._parts.append(
-                _Part(segment.callable(), held, given, passing, repeats, unit)
-            )
+            self._parts.append(_Part(segment.callable(), held, given, passing, repeats, unit))
 
     def _hold(self, key: str, tensor: Tensor) -> None:
         if isinstance(tensor, nn.Parameter):

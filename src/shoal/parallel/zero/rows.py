@@ -1,10 +1,10 @@
 """Whole parameters from the ranks' rows of them, and rows of the sum of their gradients.
 
-    whole    [ r0 | r1 | r2 ]    one collective for each large one whose rows divide evenly,
-    padded   [ r0 _ | r1 _ | r2 _ ]    one for all others together
+whole    [ r0 | r1 | r2 ]    one collective for each large one whose rows divide evenly,
+padded   [ r0 _ | r1 _ | r2 _ ]    one for all others together
 
-    gather(cuts, group)          # fills each parameter
-    reduce(cuts, group)          # takes each parameter's gradient, adds to its piece's
+gather(cuts, group)          # fills each parameter
+reduce(cuts, group)          # takes each parameter's gradient, adds to its piece's
 """
 
 from collections.abc import Iterator, Sequence
