@@ -88,7 +88,7 @@ def _sum_of_parts(value: Tensor, dim: int, lengths: list[int], group: Group) -> 
     longest = max(lengths)
     rows = value.movedim(dim, 0)
     sent = rows.new_zeros(len(lengths), longest, *rows.shape[1:])
-    for place, part in zip(sent, rows.split(lengths), strict=True):
+    for place, part in zip(sent, torch.split(rows, lengths), strict=True):
         place[: len(part)] = part
     result = torch.empty_like(sent[0])
     group.reduce_scatter(result, sent.flatten(0, 1), "activation")

@@ -12,6 +12,7 @@ Source: Korthikanti et al. 2022, arXiv 2205.05198.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ class _Parting:
 
     def _lengths(self, size: int) -> list[int]:
         bounds = even_bounds(size, self.group.size, size)
-        return [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
+        return [last - first for first, last in pairwise(bounds)]
 
     def _target(self, how: Callable[..., Tensor], name: str, way: Way) -> Any:
         return _collective(how, name, (way[0], self._lengths(way[1])), self.group)
