@@ -152,7 +152,7 @@ def _staged(
         workload.objective,
         execution.numerics,
         groups,
-        Staging(execution.schedule, execution.microbatches, execution.chunks),
+        Staging(execution.schedule, execution.microbatches, execution.chunks, execution.sequences),
         _example(workload, groups, execution),
         seed=workload.seed,
         normalize_over=workload.normalize_over,

@@ -144,8 +144,6 @@ def not_yet(strategy: Strategy) -> list[str]:
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
     missing += _not_staged_yet(strategy)
-    if strategy.sp:
-        missing.append("sp")
     if strategy.recompute == "selective":
         missing.append("recompute:selective")
     if strategy.exact is not None:

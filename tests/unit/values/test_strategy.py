@@ -345,8 +345,10 @@ def test_what_this_version_can_not_run_is_refused_by_name(text: str, part: str) 
 
 def test_every_missing_part_is_named_at_once() -> None:
     with pytest.raises(Refused) as caught:
-        Strategy.parse("pp2.tp2.dp2/zero1/sp/interleaved:2").check_runnable(batch_size=64)
-    for part in ("pp2", "tp2", "sp", "interleaved:2"):
+        Strategy.parse("cp2.tp2.dp2/zero1/sp+exact:4+recompute:selective").check_runnable(
+            batch_size=64
+        )
+    for part in ("cp2", "exact:4", "recompute:selective"):
         assert part in caught.value.message
 
 

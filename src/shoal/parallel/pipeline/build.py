@@ -41,12 +41,14 @@ from shoal.trace.structure import take_apart
 class Staging:
     """How a replica's stages are run: the strategy's schedule and its microbatches.
 
-    ``chunks``: stages on each rank, None for the method's own number.
+    ``chunks``: stages on each rank, None for the method's own number. ``sequences``: between layers
+    that tensor ranks share, each keeps a part of the sequence.
     """
 
     method: str = "1f1b"
     microbatches: int = 1
     chunks: int | None = None
+    sequences: bool = False
 
     def table(self, ranks: int) -> Table:
         table = make(self.method, ranks, self.microbatches, self.chunks)
@@ -76,6 +78,7 @@ def build_staged_replica(
     """
     table = staging.table(groups.pipeline.size)
     builder = _Builder(model, groups, table, BatchGroups(normalize_over, groups.statistics), seed)
+    builder.sequences = staging.sequences
     if zero > 1 and groups.shard.size > 1:
         builder.rows = GatheredRows(groups, keep=zero == 2, later=table.splits_backward)
     _require_training(model)
@@ -150,6 +153,7 @@ class _Builder:
         self.plan: tensor.TensorPlan | None = None
         self.about: tuple[str, ...] = ()
         self.has_norms = False
+        self.sequences = False
 
     def make_forms(self, example: tuple[Any, int], recompute: bool) -> None:
         blocks: tuple[str, ...] = ()
@@ -214,7 +218,11 @@ class _Builder:
                 if first in self.plan.cuts:
                     self.cut[name] = parts[first]
             self.about = of_tensors(self.plan)
-        return tensor.apply(self.plan, traced, self.forms.skeleton, group)
+        mine = tensor.apply(self.plan, traced, self.forms.skeleton, group)
+        if self.sequences:
+            done = tensor.cut_sequences(mine, self.forms.skeleton, group)
+            self.about += () if any(each.startswith("sp: ") for each in self.about) else done
+        return mine
 
     def _check_norms(self, training: bool) -> None:
         self.has_norms = True
