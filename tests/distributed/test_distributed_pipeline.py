@@ -286,7 +286,7 @@ def _nobody(groups: Any) -> Any:
         (RESIDUAL, PP2, How("zbv", 3), {0}),
         (texts(0.3), PP2_DP2, How("interleaved", 3, 2), {2, 3}),
         (UNETS, PP4, How("gpipe", 6), {3}),
-        (RANDOM_BLOCKS, PP3, How("1f1b", 3), {2}),
+        (BLOCKS, PP3, How("1f1b", 3), {2}),
     ],
 )
 def test_evaluation_runs_in_stages(
