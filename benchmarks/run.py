@@ -33,6 +33,7 @@ QUESTIONS = (
     "startup",
     "overheads",
     "memory",
+    "model_parallel",
 )
 
 
