@@ -68,6 +68,13 @@ def _masks(evidence: Evidence) -> str | None:
     rows = batch.rows
     repeated = [rows[: stop - start] for start, stop in evidence.shares]
     for text, masks, of_step in (
+        # Before the masks: without any, each share by itself would fit whatever they are.
+        (
+            "a layer looks across the batch, and each replica has its own rows only: one device, "
+            "given one share at a time, has these outputs too",
+            None,
+            0,
+        ),
         ("dropout masks are repeated on the ranks: each uses those of rank 0's rows", repeated, 0),
         ("dropout masks are those of another step", None, 1),
         ("dropout masks are those of another step", None, -1),
