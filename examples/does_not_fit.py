@@ -5,7 +5,7 @@
 
 AdamW keeps 16 bytes a parameter in float32: weight, gradient and two moments. A replica needs 4
 more for gradients on their way to another one, and a checkpoint is copied, 12 bytes, before it is
-written. Each rank may have 17 bytes a parameter here, beside what Python and torch need before
+written. Each rank may have 21 bytes a parameter here, beside what Python and torch need before
 there is a model: too little for a whole replica, enough for half of one.
 
 The limit is RLIMIT_DATA, which ranks inherit from this process: it counts what a process may write
@@ -23,7 +23,7 @@ import shoal
 
 WIDTHS = [2048] * 7
 PARAMETERS = 64 * 2048 + 6 * 2048 * 2048  # and some biases
-BYTES_A_PARAMETER = 17
+BYTES_A_PARAMETER = 21
 BEFORE = "import sklearn.datasets, torch, shoal.train.rank"
 
 
