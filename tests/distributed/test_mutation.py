@@ -5,7 +5,7 @@ import pytest
 from mutation.hunt import FOUND, NAMED, hunt
 from mutation.mutants import HEALTHY, MUTANTS
 
-FEW = ("averaged", "rate by ranks", "decay twice", "tied gradient dropped", "no sum forward")
+FEW = ("averaged", "masks repeated", "decay twice", "tied gradient dropped", "no sum forward")
 
 
 def test_a_few_planted_bugs_are_found_and_named() -> None:

@@ -32,8 +32,6 @@ def test_replicas_that_do_not_fit_fail_in_words(tmp_path):
 def test_ranks_that_share_the_model_train_within_the_same_limit(tmp_path, strategy):
     done = run("does_not_fit.py", strategy, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    if "not in this version yet" in done.stdout:
-        pytest.skip(f"{strategy} is not in this version yet")
     assert f"{strategy}: trained" in done.stdout, done.stdout
 
 
@@ -42,6 +40,5 @@ def test_a_model_of_a_plain_script_is_verified(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     parts = done.stdout.strip().split("\n\n")
     assert len(parts) == 4
-    assert parts[0].startswith("dp2: dp2 computes what one device computes")
-    for part in parts[1:]:
-        assert "computes what one device computes" in part or "not in this version yet" in part
+    for part in parts:
+        assert "computes what one device computes" in part

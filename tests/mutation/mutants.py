@@ -100,18 +100,46 @@ def _rounded_sum(right: Any) -> Any:
 # ---- rows and masks
 
 
-def _own_rows(right: Any) -> Any:
-    def begin(self: Any, step: int, rows: Any, rank: int) -> Any:
-        return right(self, step, rows - int(rows[0]) if len(rows) else rows, rank)
+def masks_by(change: Callable[[Any, Any], tuple[int, Any]]) -> Plant:
+    """Masks of the step and rows that `change` makes of the right ones; on the ranks alone.
 
-    return begin
+    One device is on rank 0 too, so that the key itself is left as it is.
+    """
+
+    def again(replica: Any, key: Any) -> None:
+        step, rows = change(key, replica)
+        key.begin(step, rows, replica.rank)
+
+    @contextlib.contextmanager
+    def plant() -> Iterator[None]:
+        from shoal.parallel import Replica
+        from shoal.parallel.pipeline import StagedReplica
+
+        begin, enter = Replica._begin, StagedReplica._enter
+
+        def eager(self: Any, *arguments: Any, **how: Any) -> Any:
+            begin(self, *arguments, **how)
+            again(self, self._randomness)
+
+        def staged(self: Any, *arguments: Any, **how: Any) -> Any:
+            enter(self, *arguments, **how)
+            again(self, self._parts.randomness)
+
+        with (
+            mock.patch.object(Replica, "_begin", eager),
+            mock.patch.object(StagedReplica, "_enter", staged),
+        ):
+            yield
+
+    return plant
 
 
-def _next_step(right: Any) -> Any:
-    def begin(self: Any, step: int, rows: Any, rank: int) -> Any:
-        return right(self, step + rank, rows, rank)  # rank 0 is one device too
+def _own_rows(key: Any, _replica: Any) -> tuple[int, Any]:
+    return key.step, key.rows - int(key.rows[0]) if len(key.rows) else key.rows
 
-    return begin
+
+def _next_step(key: Any, replica: Any) -> tuple[int, Any]:
+    return key.step + replica.rank, key.rows
 
 
 def _rows_of_first(right: Any) -> Any:
@@ -408,14 +436,14 @@ MUTANTS = [
         "masks repeated",
         "dp2",
         "dropping",
-        patched("shoal.parallel.randomness:StepKey.begin", _own_rows),
+        masks_by(_own_rows),
         "masks are repeated",
     ),
     Mutant(
         "masks of another step",
         "dp2",
         "dropping",
-        patched("shoal.parallel.randomness:StepKey.begin", _next_step),
+        masks_by(_next_step),
         "another step",
     ),
     Mutant(
@@ -505,7 +533,7 @@ MUTANTS = [
         "pipeline's masks repeated",
         "pp2.dp2/mb:1",
         "dropping",
-        patched("shoal.parallel.randomness:StepKey.begin", _own_rows),
+        masks_by(_own_rows),
         "masks are repeated",
     ),
     Mutant(

@@ -180,7 +180,7 @@ class Replica:
             self._begin(part, step, share, number, counts=counts)
             loss_sum, count = self.body(part.inputs, part.targets)
             if not loss_sum.requires_grad:
-                raise _no_gradient(step)
+                raise no_gradient(step)
             own = torch.stack((loss_sum.detach().double(), count.detach().double()))
             sums = own if sums is None else sums + own
             if number == len(parts) - 1:
@@ -241,7 +241,8 @@ class Replica:
         return self.states.norm()
 
 
-def _no_gradient(step: int) -> NoGradient:
+def no_gradient(step: int) -> NoGradient:
+    """The error of a loss that nothing can be learned from."""
     return NoGradient(
         "the objective's result has no gradient: no parameter can learn from it",
         hint="Something in the model or the objective cuts the graph: argmax, .detach(), "

@@ -20,9 +20,9 @@ from shoal.strategy.parts import Compress, Schedule, Zero
 
 EVERY_STEP = Sync()
 RUNS_NOW = (
-    "ppN, dpN and tpN in any product, with /zero1, /mb:M, /offload and the schedules gpipe, 1f1b, "
-    "interleaved:V, zb and zbv; without pp and tp also /zero2, /zero3[:G] and +compile; and +bf16, "
-    "+channels_last and +recompute"
+    "ppN, dpN and tpN in any product, with /zero1, /zero2, /zero3[:G], /mb:M, /sp, /offload, the "
+    "schedules gpipe, 1f1b, interleaved:V, zb and zbv, and +bf16, +channels_last, +recompute and, "
+    "without pp and tp, +compile"
 )
 
 

@@ -19,8 +19,7 @@ _SHORT = re.compile(r"(pipeline|tensor|zero[123]): ")
 
 def split_of(job: Job) -> tuple[str, ...]:
     """What is cut and why, a line each; empty for whole replicas."""
-    describe: Callable[[], tuple[str, ...]] | None = getattr(job.replica, "describe", None)
-    return describe() if describe is not None else ()
+    return job.replica.describe()
 
 
 def tell(lines: Sequence[str], run: Run, send: Callable[[dict[str, Any]], None]) -> None:

@@ -1,5 +1,6 @@
 """`verify` as a person or a script calls it."""
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -127,8 +128,13 @@ def _run(task: Callable[[Any], Any], ranks: int, threads: int) -> dict[str, Any]
         )
     from shoal.verify.on_rank import VerifyTask, verify_on_rank
 
-    with Ranks(ranks, threads=threads) as started:
-        findings: dict[str, Any] = started.call(verify_on_rank, task(VerifyTask))[0]
+    # Made here: whatever becomes of the ranks, it goes.
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-verify-", ignore_cleanup_errors=True) as folder,
+        Ranks(ranks, threads=threads) as started,
+    ):
+        told = replace(task(VerifyTask), folder=folder)
+        findings: dict[str, Any] = started.call(verify_on_rank, told)[0]
     return findings
 
 

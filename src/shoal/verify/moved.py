@@ -51,11 +51,14 @@ class Move:
     steps: int
     strategy: str
     reference: Reference | None
+    folder: str | None = None  # None: one of its own
 
     def check(self, right: Record) -> Finding:
         """Move a checkpoint both ways; ``right``: one device's last step. Collective."""
         world = self.job.groups.world
-        made = tempfile.mkdtemp(prefix="shoal-verify-") if world.rank == 0 else None
+        made = self.folder
+        if made is None and world.rank == 0:
+            made = tempfile.mkdtemp(prefix="shoal-verify-")
         folder = Path(world.all_gather_json(made, "evaluation")[0])
         try:
             return self._both_ways(folder, right)

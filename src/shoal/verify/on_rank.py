@@ -57,6 +57,9 @@ class VerifyTask:
     # Tests plant a bug on the ranks with it: entered before anything is assembled.
     plant: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     dtype: str = "float64"  # or float32, bfloat16: see `precision`
+    # Where a checkpoint is moved; None for a temporary folder of the ranks' own, which stays behind
+    # if rank 0 is killed.
+    folder: str | None = None
 
 
 def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def verify_on_rank(context: Context, task: VerifyTask) -> dict[str, Any]:
             look=lambda model: start.update(parameters=describe_parameters(model)),
         )
         compare_start(groups.world, start)
-        findings = _Verification(job, execution, strategy, one).run(task.steps)
+        findings = _Verification(job, execution, strategy, one, task.folder).run(task.steps)
     groups.close()
     return findings
 
@@ -126,8 +129,16 @@ class OneDevice:
 class _Verification:
     """One rank's steps beside one device's."""
 
-    def __init__(self, job: Job, execution: Execution, strategy: Strategy, one: OneDevice) -> None:
+    def __init__(
+        self,
+        job: Job,
+        execution: Execution,
+        strategy: Strategy,
+        one: OneDevice,
+        folder: str | None,
+    ) -> None:
         self.job = job
+        self.folder = folder
         self.execution = execution
         self.strategy = strategy
         self.one = one
@@ -193,7 +204,7 @@ class _Verification:
         job, share = self.job, (0, 0)
         held = Held(_layout(job), share, 0)
         reference = self.one.low or self.one.right
-        move = Move(job, self.execution, held, steps, str(self.strategy), reference)
+        move = Move(job, self.execution, held, steps, str(self.strategy), reference, self.folder)
         found = move.check(theirs)
         if found.first is not None:
             self.comparison.first, self.cause = found.first, found.cause
@@ -211,7 +222,6 @@ class _Verification:
         yardstick = self.one.yardstick
         one_device = None if yardstick is None else yardstick.by_kind()
         first = first_of_all(self.world, own)
-        describe = getattr(self.job.replica, "describe", list)
         return {
             "max_error": {
                 kind: largest(kind, "clipped") if kind == "gradient" else largest(kind)
@@ -223,7 +233,7 @@ class _Verification:
             "checkpoint": None if moved is None else vars(moved.moved),
             "one_device": self.world.all_gather_json(one_device, "evaluation")[0],
             "of_allowed": max(each["of_allowed"] for each in everywhere),
-            "split": [str(line) for line in describe()],
+            "split": [str(line) for line in self.job.replica.describe()],
         }
 
 

@@ -112,5 +112,5 @@ def test_counts_and_metrics_of_the_first_part_are_carried_over(small):
     second = small.train("evaluate.every=100 steps", resume=True, stop_after=1)
     assert second["steps"] == first["steps"] + 1
     assert second["metrics"] == first["metrics"]
-    assert second["seconds"] > 0
+    assert second["seconds"] >= first["seconds"]
     assert second["best"] == first["best"]

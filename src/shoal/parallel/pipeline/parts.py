@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm import Groups
-from shoal.errors import NoGradient, ShoalError
+from shoal.errors import ShoalError
 from shoal.layout import Part
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.microbatches import LocalBatch
@@ -106,14 +106,3 @@ def some_rows(leaf: Tensor, piece: slice, rows: int) -> Tensor:
 
 def shapes_of(values: Values) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in values.values())
-
-
-def no_gradient(step: int) -> NoGradient:
-    return NoGradient(
-        "the objective's result has no gradient: no parameter can learn from it",
-        hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
-        ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train "
-        "on a loss that changes smoothly with the outputs (cross_entropy, mse).",
-        step=step,
-        phase="backward",
-    )

@@ -29,7 +29,6 @@ from shoal.parallel.pipeline.parts import (
     Parts,
     StepRun,
     named,
-    no_gradient,
     run_chunk,
     shapes_of,
     some_rows,
@@ -38,6 +37,7 @@ from shoal.parallel.replica import (
     Start,
     call_objective,
     each_tensor,
+    no_gradient,
 )
 from shoal.parallel.tensor import TensorPlan, gather_outputs, wrap
 from shoal.schedule import Action
