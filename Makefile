@@ -10,7 +10,7 @@ PEERS_INSTALL := $(PEERS)/bin/python -I -m pip install --quiet --disable-pip-ver
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long coverage-table lint bench docs clean
+.PHONY: help install train test test-long mutation coverage-table lint bench docs clean
 
 help:  ## Show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,9 @@ test-long: $(INSTALLED)  ## Run the tests that take minutes each
 
 coverage-table: $(INSTALLED)  ## Verify every model of the zoo under every strategy; writes docs/coverage.md
 	$(TEST_ENV) $(BIN)/python tests/coverage
+
+mutation: $(INSTALLED)  ## Plant bugs; how many does verify find, and name?
+	$(TEST_ENV) $(BIN)/python tests/mutation
 
 lint: $(INSTALLED)  ## Style, types, layers
 	$(BIN)/ruff check .

@@ -22,8 +22,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
-        mixed = self.mix(self.before(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(*mixed.unbind(0), is_causal=True)
+        mixed = self.mix(self.before(x)).view(rows, length, 3, self.heads, -1)
+        queries, keys, values = mixed.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(rows, length, width))
         return x + self.narrow(functional.gelu(self.widen(self.between(x))))
 

@@ -4,7 +4,7 @@
 
 Both in the same two ranks of one thread, a training step of the one after a step of the other:
 Shoal over what it would use here (shared memory), Shoal over gloo, and the program by hand over
-gloo (`split_by_hand.py`): FSDP2, DTensor, torch's pipelining. Losses of the first step are compared.
+gloo (`split_by_hand.py`): FSDP2, DTensor, torch's pipelining. First losses are compared.
 """
 
 import argparse
@@ -119,7 +119,8 @@ def build(model: str) -> Any:
         return Gpt(VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS)
     from shoal.models import ResNet, ResNetOptions
 
-    return ResNet(ResNetOptions(18, width=16, classes=10, in_channels=1, stem="small", norm="group"))
+    shape = {"width": 16, "classes": 10, "in_channels": 1, "stem": "small", "norm": "group"}
+    return ResNet(ResNetOptions(18, **shape))
 
 
 def batches(model: str) -> list[tuple[Any, Any]]:
@@ -241,7 +242,7 @@ def by_hand(case: Case, group: Any, cut: int) -> Callable[[int], float | None]:
     def step(number: int) -> float | None:
         inputs, targets = data[number % len(data)]
         loss = program(inputs[rows], targets[rows])
-        return None if loss is None else float(loss.detach())  # Shoal reads it at each step as well
+        return None if loss is None else float(loss)  # Shoal reads it at each step as well
 
     return step
 
@@ -250,8 +251,9 @@ def resnet_layers(model: Any) -> list[Any]:
     """The network as a list: stem, residual blocks, head."""
     from torch import nn
 
-    stem = nn.Sequential(*(c for n, c in model.named_children() if n in ("conv1", "bn1")), nn.ReLU())
-    blocks = [block for n, stage in model.named_children() if n.startswith("layer") for block in stage]
+    children = list(model.named_children())
+    stem = nn.Sequential(*(c for n, c in children if n in ("conv1", "bn1")), nn.ReLU())
+    blocks = [block for n, stage in children if n.startswith("layer") for block in stage]
     return [stem, *blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.fc)]
 
 

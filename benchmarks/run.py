@@ -25,7 +25,16 @@ from sidebyside import cores, processor
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-QUESTIONS = ("same_numerics", "defaults", "machine", "collectives", "startup", "overheads")
+QUESTIONS = (
+    "same_numerics",
+    "defaults",
+    "machine",
+    "collectives",
+    "startup",
+    "overheads",
+    "memory",
+    "model_parallel",
+)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a competent user writes with torch to train one model on two ranks: FSDP2, DTensor, pipelining.
+"""What a user writes with torch to train one model on two ranks: FSDP2, DTensor, pipelining.
 
     program = fully_sharded(model, group, keep=False)
     loss = program(inputs, targets)            # one training step on this rank

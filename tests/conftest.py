@@ -13,6 +13,7 @@ errors, as they are here.
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,31 @@ def pool() -> Iterator[Pool]:
 POOL_FOLDER = "tests/distributed/"
 
 
+# Parametrised tests of which `make test` runs every k-th case, and `make test-long` the others.
+SAMPLED = {
+    "test_distributed_zero.py": 6,
+    "test_distributed_staged_zero.py": 8,
+    "test_distributed_pipeline.py": 6,
+    "test_distributed_tensor.py": 7,
+    "test_distributed_tensor_sequence.py": 4,
+    "test_distributed_comm_bytes.py": 3,
+    "test_trace_segments.py": 3,
+}
+_seen: Counter[str] = Counter()
+
+
+def _leave_to_the_long_run(item: pytest.Item) -> None:
+    every = SAMPLED.get(item.path.name)
+    if every is None or not hasattr(item, "callspec"):
+        return
+    function = item.nodeid.partition("[")[0]
+    if _seen[function] % every:
+        item.add_marker(pytest.mark.long)
+    _seen[function] += 1
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
+    _leave_to_the_long_run(item)
     if "pool" in getattr(item, "fixturenames", ()):
         assert item.nodeid.startswith(POOL_FOLDER), f"tests of the pool live in {POOL_FOLDER}"
         item.add_marker(pytest.mark.xdist_group("ranks"))

@@ -41,12 +41,12 @@ def _divided(divisor) -> Iterator[None]:
     begin, forward, summed = Replica._begin, Body.forward, EveryStep.share
     seen = {}
 
-    def note(self, batch, step, share: Share):
+    def note(self, batch, step, share: Share, *number, **how):
         seen["share"], seen["rank"] = share, self.rank
-        return begin(self, batch, step, share)
+        return begin(self, batch, step, share, *number, **how)
 
-    def scaled(self, *batch):
-        total, count = forward(self, *batch)
+    def scaled(self, *batch, **how):
+        total, count = forward(self, *batch, **how)
         own = divisor(seen["share"], seen["rank"], max(1.0, float(count)))
         return total * (seen["share"].batch_examples / own), count
 
@@ -92,7 +92,7 @@ def statistics_not_synchronised() -> Iterator[None]:
 def last_rows_dropped() -> Iterator[None]:
     """What does not divide by the number of ranks is left out."""
 
-    def equal_shares(examples: int, ranks: int) -> Share:
+    def equal_shares(examples: int, ranks: int, _multiple: int = 1) -> Share:
         each = examples // ranks
         return Share(each * ranks, tuple((r * each, (r + 1) * each) for r in range(ranks)))
 

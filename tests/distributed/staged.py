@@ -41,6 +41,7 @@ class How:
     chunks: int | None = None
     recompute: bool = False
     random: bool = False
+    sequences: bool = False
 
 
 def rows_of(case: Case, step: int, start: int, stop: int) -> Rows:
@@ -59,7 +60,7 @@ def built(groups: Any, case: Case, how: How) -> Any:
         case.objective,
         Numerics(case.dtype, **case.execution),
         groups,
-        Staging(how.method, how.microbatches, how.chunks),
+        Staging(how.method, how.microbatches, how.chunks, how.sequences),
         rows_of(case, 0, 0, 8).inputs,
         seed=case.seed,
         normalize_over=case.normalize_over,

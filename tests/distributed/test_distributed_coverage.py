@@ -33,6 +33,7 @@ def test_a_cell_is_equal_or_refused_with_a_reason(pool, name, strategy):
 HOLDS = [name for name, subject in SUBJECTS.items() if name != "frozen" and not subject.waits_for]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HOLDS)
 def test_replicas_of_every_model_compute_what_one_device_does(pool, name):
     outcome = cells.run_cell(pool, SUBJECTS[name], "dp2", timeout_s=100)

@@ -1,5 +1,6 @@
 """A model in stages trains as on one device, whatever it sends past its stages."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,27 @@ class Forking(nn.Module):
         return self.fourth(late), early * 2
 
 
+class Clipped(nn.Module):
+    """A unit of a sequential model: what it does depends on the values, so no trace has it."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = rows + self.drop(self.norm(self.linear(rows)))
+        rows = functional.dropout(rows, self.drop.p, self.training)
+        return rows.clamp(-2, 2) if bool((rows.abs() > 2).any()) else rows
+
+
+def clipped(dropout: float = 0.0) -> nn.Sequential:
+    units = nn.Sequential(*(Clipped(dropout) for _ in range(3)))
+    return nn.Sequential(
+        nn.Linear(6, 6), nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(inplace=True)), units,
+        nn.Dropout(dropout), nn.Linear(6, 5),
+    )  # fmt: skip
+
+
 def of_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets.flatten())
 
@@ -170,6 +192,8 @@ PICTURES = batches_of(*images(43, side=8), 20, 4)
 UNETS = Case(build=UNet, batches=PICTURES, clip_norm=0.1)
 RESIDUAL = Case(build=Residual, batches=PICTURES, normalize_over=3)
 FORKS = Case(build=Forking, batches=MLP.batches, loss=of_first, objective=summed_of_first)
+BLOCKS = Case(build=clipped, batches=MLP.batches, normalize_over=3, clip_norm=0.1)
+RANDOM_BLOCKS = replace(BLOCKS, build=lambda: clipped(0.3))
 PP2, PP3, PP4 = (("pp", 2),), (("pp", 3),), (("pp", 4),)
 PP2_DP2, DP2_PP2 = (("pp", 2), ("dp", 2)), (("dp", 2), ("pp", 2))
 
@@ -196,6 +220,13 @@ PP2_DP2, DP2_PP2 = (("pp", 2), ("dp", 2)), (("dp", 2), ("pp", 2))
         (RESIDUAL, PP2, How("1f1b", 4, recompute=True)),
         (texts(0.2), PP2, How("1f1b", 4, random=True)),
         (texts(0.2), PP2_DP2, How("zb", 3, recompute=True, random=True)),
+        (replace(BLOCKS, normalize_over=None), PP2, How("1f1b", 1)),
+        (BLOCKS, PP2, How("1f1b", 3)),
+        (BLOCKS, (("pp", 2), ("tp", 2)), How("zb", 3)),
+        (RANDOM_BLOCKS, PP3, How("1f1b", 3, random=True)),
+        (RANDOM_BLOCKS, PP2, How("interleaved", 2, 2, random=True)),
+        (RANDOM_BLOCKS, PP2_DP2, How("zbv", 3, random=True)),
+        (RANDOM_BLOCKS, PP2, How("1f1b", 4, recompute=True, random=True)),
     ],
 )
 def test_equal_to_one_device(pool: Any, tmp_path: Path, case: Case, axes: Any, how: How) -> None:
@@ -255,6 +286,7 @@ def _nobody(groups: Any) -> Any:
         (RESIDUAL, PP2, How("zbv", 3), {0}),
         (texts(0.3), PP2_DP2, How("interleaved", 3, 2), {2, 3}),
         (UNETS, PP4, How("gpipe", 6), {3}),
+        (BLOCKS, PP3, How("1f1b", 3), {2}),
     ],
 )
 def test_evaluation_runs_in_stages(
@@ -307,6 +339,9 @@ def test_bytes_are_those_of_the_live_values_and_tied_gradients_agree(pool: Any) 
 
 def test_statistics_over_the_batch_are_refused_in_microbatches(pool: Any) -> None:
     case = Case(build=Residual, batches=PICTURES)
+    with pytest.raises(Refused, match="batch norm over the whole batch in a pipeline of 3"):
+        pool.run(_sent, case, How("1f1b", 3), ranks=2, axes=PP2)
+    case = replace(BLOCKS, normalize_over=None)
     with pytest.raises(Refused, match="batch norm over the whole batch in a pipeline of 3"):
         pool.run(_sent, case, How("1f1b", 3), ranks=2, axes=PP2)
 

@@ -210,7 +210,7 @@ def _chooses(groups: Any, case: Case) -> str:
     job = assembled(groups, case)
     try:
         train_step(job, 0, Flags())
-    except RunError as error:
+    except (RunError, Refused) as error:
         return str(error)
     return ""
 
@@ -223,6 +223,25 @@ def test_ranks_that_run_other_blocks_are_told_and_never_train_on(pool: Any) -> N
     )
     said = pool.run(_chooses, case, ranks=2)
     assert all("every rank to run the same blocks in the same order" in each for each in said)
+
+
+class Reaching(nn.Module):
+    """Uses a block's weight outside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](x) @ self.blocks[0][0].weight
+
+
+def test_a_parameter_that_is_not_there_is_refused_by_name(pool: Any) -> None:
+    batches = [(torch.ones(4, 4), torch.arange(4))]
+    case = Case(build=Reaching, batches=batches, execution={"zero": 3}, optimizer=sgd)
+    for said in pool.run(_chooses, case, ranks=2):
+        assert "uses a block's parameter outside that block's own forward" in said
+        assert "self.blocks[0][0].weight" in said
 
 
 class Odd(torch.optim.Optimizer):
@@ -246,6 +265,43 @@ def test_optimizers_that_see_whole_tensors(pool: Any) -> None:
     assert "optimizer Odd: ranks keep pieces" in pool.run(_warnings, own, ranks=2)[0][0]
     whole = Case(**plain, optimizer=lambda model: torch.optim.Adafactor(model.parameters()))
     assert "Adafactor computes with whole parameters" in pool.run(_refused, whole, ranks=2)[0]
+
+
+# ---- beside plain replicas, in other numerics
+
+
+def _difference(groups: Any, case: Case) -> list[Any]:
+    """The largest difference between the pieces of ZeRO and those of plain replicas; the types."""
+    from shoal.train.step import Flags, train_step
+
+    jobs = []
+    for zero in (0, case.execution["zero"]):
+        execution = {**case.execution, "zero": zero}
+        jobs.append(assembled(groups, Case(**{**vars(case), "execution": execution})))
+        for step in range(2):
+            train_step(jobs[-1], step, Flags())
+    plain = dict(jobs[0].replica.holding.named_parameters())
+    layout, worst, kinds = jobs[1].replica.layout, 0.0, set()
+    for name, piece in jobs[1].replica.holding.named_parameters():
+        difference = layout[name].take(plain[name].detach()) - piece.detach()
+        worst = max(worst, float(difference.abs().max()) if piece.numel() else 0.0)
+        kinds |= {str(t.dtype) for t in (piece, *jobs[1].optimizer.state[piece].values())}
+    return [worst, sorted(kinds)]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("how", ["bf16", "channels_last"])
+def test_other_numerics_are_those_of_plain_replicas(pool: Any, zero: int, how: str) -> None:
+    """Parameters, sums and state in float32 under bf16."""
+    case = Case(
+        build=Images,
+        batches=[pictures(step) for step in range(2)],
+        dtype=torch.float32,
+        execution={"zero": zero, how: True},
+    )
+    for worst, kinds in pool.run(_difference, case, ranks=2):
+        assert worst <= (1e-3 if how == "bf16" else 1e-5)
+        assert kinds == ["torch.float32"]
 
 
 # ---- bytes

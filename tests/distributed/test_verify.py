@@ -143,11 +143,11 @@ PLANTED = [
     (planted.last_rows_dropped, CONV, 2, "output", "left out"),
     (planted.running_statistics_of_one_rank, CONV, 2, "buffer", "running statistics"),
     (planted.weight_decay_forgotten, CONV, 2, "parameter", "weight decay"),
-    (planted.one_rank_without_a_gradient, CONV, 2, "gradient", "rank 1"),
+    (planted.one_rank_without_a_gradient, CONV, 2, "clipped", "rank 1"),
     (planted.not_a_number_on_one_rank, CONV, 2, "loss", "no finite loss"),
     (planted.mean_of_means, GROUPS, 3, "loss", "mean of means"),
     (planted.last_rows_dropped, GROUPS, 3, "output", "left out"),
-    (planted.stale_weights_on_one_rank, CONV, 2, "parameter", "rank 1"),
+    (planted.stale_weights_on_one_rank, CONV, 2, "parameter", "stale"),
 ]
 
 

@@ -59,12 +59,39 @@ def test_different_is_status_1_with_a_cause(tmp_path):
     assert "random numbers" in document["cause"]
 
 
-@pytest.mark.parametrize("strategy", ["tp2", "dp2+bf16", "dp15"])
+@pytest.mark.parametrize("strategy", ["tp2", "dp15"])
 def test_refused_is_status_2_with_a_document(tmp_path, strategy):
     status, document, errors = verify(tmp_path, "--strategy", strategy)
     assert status == 2
     assert document["refused"]
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "options", [["--strategy", "dp2+bf16"], ["-s", "dp2", "--dtype", "float32"]]
+)
+def test_lower_precision_is_held_against_one_devices_own(tmp_path, options):
+    status, document, errors = verify(tmp_path, *options)
+    assert status == 0, errors
+    assert document["dtype"] in ("bfloat16", "float32")
+    assert document["max_error"]["gradient"] > 1e-10
+    assert document["one_device"]["gradient"] > 1e-10
+    assert 0 < document["of_allowed"] <= 1
+
+
+def test_a_runs_certificate_is_put_into_its_folder(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    run = [sys.executable, "-m", "shoal"]
+    for command in (
+        [*run, "train", "small.yaml", "--strategy", "dp2", "--out", "made"],
+        [*run, "verify", "made"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "made" / "certificate.json").read_text())
+    assert document["ok"]
+    assert document["strategy"] == "dp2"
+    assert document["checkpoint"]["same_bits"]
 
 
 def test_readme_model_of_ones_own(tmp_path):

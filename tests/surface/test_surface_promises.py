@@ -21,7 +21,8 @@ OPTIONS = {
     },
     "export": {"--out", "--json", "--debug", "--help", "-h"},
     "verify": {
-        "--strategy", "-s", "--steps", "--set", "--out", "--json", "--debug", "--help", "-h",
+        "--strategy", "-s", "--steps", "--dtype", "--set", "--out", "--json", "--debug", "--help",
+        "-h",
     },
 }  # fmt: skip
 

@@ -62,6 +62,23 @@ class BranchesOnInputs(nn.Module):
         return self.body(x)
 
 
+class Clips(nn.Module):
+    """A unit that does its work only where there is some: a row alone has the same result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.drop = nn.LayerNorm(6), nn.Linear(6, 6), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(torch.tanh(self.layer(self.norm(x))))
+        return x.clamp(-1, 1) if bool((x.abs() > 1).any()) else x
+
+
+def sequential_blocks() -> nn.Module:
+    """What cannot be traced is cut between the children of an nn.Sequential."""
+    return nn.Sequential(nn.Linear(5, 6), *(Clips() for _ in range(4)), nn.Linear(6, 5))
+
+
 class Repeats(nn.Module):
     """As many rounds as a Python list of the model says, one layer for all of them."""
 
@@ -355,6 +372,7 @@ SUBJECTS = [
     awkward("one-layer", Linear, "fewer places to cut than stages"),
     awkward("branches-on-weights", BranchesOnWeights, "control flow on a weight's value"),
     awkward("branches-on-inputs", BranchesOnInputs, "control flow on an input's value"),
+    awkward("sequential-blocks", sequential_blocks, "blocks with control flow on values, in a row"),
     awkward("repeats", Repeats, "a layer used four times, under two names", optimizer=ADAMW),
     awkward("frozen", frozen, "nothing learns"),
     awkward("frozen-below", frozen_below, "the first layers do not learn", optimizer=ADAMW),
@@ -370,8 +388,7 @@ SUBJECTS = [
             rows=(2, 2, 2)),
     awkward("noise", Noise, "torch.randn in forward",
             waits_for="refusing random operations that are not intercepted, by name"),
-    awkward("functional-dropout", FunctionalDropout, "F.dropout in forward",
-            waits_for="functional dropout as a function of the seed"),
+    awkward("functional-dropout", FunctionalDropout, "F.dropout in forward",),
     awkward("straight-through", StraightThrough, "an autograd.Function with its own gradient"),
     awkward("stops-gradient", StopsGradient, "detach and no_grad inside"),
     awkward("checkpointed", Checkpointed, "torch.utils.checkpoint inside"),

@@ -124,7 +124,6 @@ SUBJECTS = [
     decoder(
         "hf-gpt2-default", made("GPT2LMHeadModel", "GPT2Config", GPT2, TOKENS, **NO_CACHE),
         "as it comes: dropout inside attention too",
-        waits_for="dropout inside attention as a function of the seed",
     ),
     decoder(
         "hf-llama", made("LlamaForCausalLM", "LlamaConfig", LLAMA, TOKENS, **NO_CACHE),
@@ -175,7 +174,6 @@ SUBJECTS = [
         ),
         translated, token_loss, "tied three times, a bias that is a buffer, other head counts",
         ADAMW, family="transformers",
-        waits_for="functional dropout as a function of the seed",
     ),
     Subject(
         "hf-swin", made("SwinForImageClassification", "SwinConfig", SWIN, ("pixel_values",)),

@@ -283,7 +283,6 @@ SUBJECTS = [
     text(
         "gpt-fused-attention", lambda: GPT(fused=True),
         "tied, dropout inside torch's fused attention",
-        waits_for="dropout inside fused attention as a function of the seed",
     ),
     text("gated-decoder", Gated, "grouped queries, rotary, RMS norm, gate and up fused", CLIPPED),
     Subject(

@@ -107,11 +107,18 @@ def assemble(
     group_names = tuple(
         tuple(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups
     )
+    del names
+    if not optimizer.state:
+        # Whole parameters are to go as soon as they are cut.
+        for group in optimizer.param_groups:
+            group["params"] = []
     build = _staged if execution.staged else _eager
     replica = build(groups, workload, execution, model)
-    _rebind(optimizer, names, dict(replica.holding.named_parameters()))
+    _rebind(optimizer, group_names, dict(replica.holding.named_parameters()))
     cut = execution.zero or groups.tensor.size > 1
     warnings = learn.check_cut(optimizer) if cut else ()
+    if groups.pipeline.size > 1 and not cut:
+        warnings = learn.check_parted(optimizer)
     agreement = build_agreement(groups, summed=replica.sums_gradients)
     agreement.attach(replica)
     job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings)
@@ -145,7 +152,7 @@ def _staged(
         workload.objective,
         execution.numerics,
         groups,
-        Staging(execution.schedule, execution.microbatches, execution.chunks),
+        Staging(execution.schedule, execution.microbatches, execution.chunks, execution.sequences),
         _example(workload, groups, execution),
         seed=workload.seed,
         normalize_over=workload.normalize_over,
@@ -171,7 +178,7 @@ def _twice(leaf: Any) -> Any:
 
 def _rebind(
     optimizer: torch.optim.Optimizer,
-    names: dict[nn.Parameter, str],
+    group_names: tuple[tuple[str, ...], ...],
     held: dict[str, nn.Parameter],
 ) -> None:
     """Let an optimizer of the whole model update what this rank holds of it.
@@ -179,16 +186,20 @@ def _rebind(
     Groups stay where they are, and may become empty. Raises `Refused` for one that has made its
     state already: that is of the whole parameters.
     """
-    same = all(held.get(name) is parameter for parameter, name in names.items())
+    groups = list(zip(optimizer.param_groups, group_names, strict=True))
+    same = all(
+        held.get(name) is parameter
+        for group, names in groups
+        for name, parameter in zip(names, group["params"], strict=False)
+    )
     if optimizer.state and not same:
         raise Refused(
             f"{type(optimizer).__name__} makes its state before the first step, for whole "
             "parameters, and this strategy cuts them",
             hint="Use an optimizer that makes its state in its first step (sgd, adam, adamw).",
         )
-    for group in optimizer.param_groups:
-        found = [held.get(names[parameter]) for parameter in group["params"]]
-        group["params"] = [parameter for parameter in found if parameter is not None]
+    for group, names in groups:
+        group["params"] = [held[name] for name in names if name in held]
 
 
 def _restore_model(state: Checkpoint, model: nn.Module) -> None:

@@ -19,6 +19,8 @@ from shoal.strategy import Strategy
 
 MIN_SHARE = 16  # examples a rank should have of each step, for `auto` to add it
 MAX_AUTO_RANKS = 8
+# More than these only stop the machine: each rank takes some 200 MB before it has a model.
+MAX_RANKS, MAX_RANKS_PER_CORE = 32, 4
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,14 @@ def resolve(
     chosen.check_runnable(recipe.batch_size)
     if world is not None:
         _require_world(world, chosen)
+    else:
+        _require_room(chosen, cluster.cores)
     ranks = chosen.world_size if world is None else world.local_world_size
     device = "cuda" if 0 < ranks <= gpus else "cpu"
     if device == "cpu" and gpus:
         reasons.append(f"ranks run on the CPU: there are {ranks} here, and {_gpus(gpus)}")
+    if device == "cpu" and chosen.offload:
+        reasons.append("offload changes nothing on the CPU: its memory is the host's already")
     return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries, is_free)
 
 
@@ -78,6 +84,16 @@ def _require_world(world: World, strategy: Strategy) -> None:
             f"strategy {strategy} needs {ranks} rank{'s' * (ranks > 1)}, "
             f"and {size} says that {started} were started",
             hint=f"Start {ranks}, or choose a strategy of {started} ranks (dp{started}).",
+        )
+
+
+def _require_room(strategy: Strategy, cores: int) -> None:
+    ranks, most = strategy.world_size, max(MAX_RANKS, MAX_RANKS_PER_CORE * cores)
+    if ranks > most:
+        raise Refused(
+            f"{strategy} needs {ranks} ranks, and this machine has {cores} "
+            f"core{'s' * (cores > 1)}: at most {most} are started on it",
+            hint="Use smaller degrees, or start the ranks on several hosts with torchrun or Slurm.",
         )
 
 

@@ -45,6 +45,7 @@ class Execution:
     staged: bool = False
     schedule: str = "1f1b"
     chunks: int | None = None
+    sequences: bool = False
     offload: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -60,6 +61,7 @@ class Execution:
             staged=strategy.pp * strategy.tp > 1,
             schedule=strategy.schedule.method if strategy.schedule is not None else "1f1b",
             chunks=strategy.schedule.chunks if strategy.schedule is not None else None,
+            sequences=strategy.sp,
             offload=strategy.offload,
             dtype=dtype,
         )

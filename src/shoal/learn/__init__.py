@@ -16,6 +16,7 @@ from shoal.learn.objectives import Objective, UsersObjective, build_objective
 from shoal.learn.optimizers import (
     build_optimizer,
     check_cut,
+    check_parted,
     clip_norm_of,
     parameter_groups,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "build_optimizer",
     "build_schedule",
     "check_cut",
+    "check_parted",
     "clip_norm_of",
     "parameter_groups",
 ]

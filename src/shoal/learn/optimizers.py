@@ -92,6 +92,23 @@ def check_cut(optimizer: Optimizer) -> tuple[str, ...]:
     )
 
 
+def check_parted(optimizer: Optimizer) -> tuple[str, ...]:
+    """What to warn of where ranks keep whole parameters, each some of the model's.
+
+    All of torch's that need no closure treat every parameter by itself.
+    """
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return ()
+    kind = type(optimizer)
+    step = inspect.unwrap(kind.step)
+    if any(issubclass(kind, each) and inspect.unwrap(each.step) is step for each in _ELEMENT_WISE):
+        return ()
+    return (
+        f"optimizer {kind.__name__}: each rank has the parameters of its stages alone, which gives "
+        "the same updates only if it treats every parameter by itself. `shoal verify` tells",
+    )
+
+
 def clip_norm_of(component: Named) -> float | None:
     """The norm to which the whole model's gradient is clipped; None for no clipping."""
     given = component.options.get("clip_norm")

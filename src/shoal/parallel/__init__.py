@@ -36,7 +36,7 @@ from shoal.parallel.statistics import (
     refuse_batch_norm,
     use_groups,
 )
-from shoal.parallel.zero import Persistent, persistent, shard
+from shoal.parallel.zero import Persistent, of_zero, persistent, shard
 
 __all__ = [
     "BatchGroups",
@@ -122,8 +122,9 @@ def build_replica(
         key.intercepts = True
         model.compile(dynamic=False, backend=counting_backend)
     body = Body(model, objective, numerics, key)
+    about = of_zero(split.zero, list(model.parameters()), split.groups.shard.size)
     states = shard(split.zero, body, model, split.groups, offload=split.offload)
-    return Replica(body, numerics, groups, key, states, split.microbatches)
+    return Replica(body, numerics, groups, key, states, split.microbatches, about)
 
 
 def _require_compiler() -> None:

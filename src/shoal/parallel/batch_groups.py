@@ -89,6 +89,10 @@ class BatchGroups:
         self.local_rows = len(rows)
         self.spans = _spans(rows, self.normalize_over or max(1, self.batch_examples))
 
+    def count_calls_anew(self) -> None:
+        """The layers that run next have not been called yet in this microbatch."""
+        self._calls.clear()
+
     def spans_of(self, rows: int) -> tuple[Span, ...]:
         """The spans of a layer's input of `rows` rows.
 

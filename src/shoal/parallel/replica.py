@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from shoal.comm import Pending, is_peer_failure
-from shoal.errors import NoGradient, PeerLost, ShoalError, UserCodeError
+from shoal.errors import NoGradient, PeerLost, Refused, ShoalError, UserCodeError
 from shoal.layout import Part
 from shoal.parallel.microbatches import LocalBatch, Share, joined, microbatches
 from shoal.parallel.randomness import StepKey, counted, intercepting
@@ -95,6 +95,7 @@ class Replica:
         randomness: StepKey,
         states: States | None = None,
         microbatches: int = 1,
+        about: tuple[str, ...] = (),
     ) -> None:
         self.body = body
         self.numerics = numerics
@@ -104,6 +105,7 @@ class Replica:
         self.ranks = groups.group.size
         self._groups = groups
         self._randomness = randomness
+        self._about = about
         self._divisor = 1.0
 
     @property
@@ -115,6 +117,10 @@ class Replica:
     def holding(self) -> nn.Module:
         """The user's module with the tensors that this rank keeps and updates, by their names."""
         return self.states.holding
+
+    def describe(self) -> tuple[str, ...]:
+        """What is cut, and why, a line each."""
+        return self._about
 
     @property
     def judges(self) -> bool:
@@ -272,6 +278,13 @@ def user_error(what: str, error: Exception) -> ShoalError:
         return refused
     if is_peer_failure(error):
         return PeerLost(str(error).splitlines()[0])
+    if "mixed torch.Tensor and DTensor" in str(error):
+        where = _users_line(error)
+        return Refused(
+            f"{what} uses a block's parameter outside that block's own forward, and zero2 and "
+            f"zero3 have it whole only there{f': {where}' if where else ''}",
+            hint="Use zero1, or reach the parameter from the block's forward.",
+        )
     return UserCodeError(f"{what} failed: {type(error).__name__}: {error}", hint=_users_line(error))
 
 

@@ -36,9 +36,11 @@ def partition(
     cuts = sorted({cut for cut in allowed if 0 < cut < len(costs)})
     if len(cuts) < stages - 1:
         raise Refused(
-            f"a pipeline of {stages} stages needs {stages - 1} cuts, and the model has "
-            f"{len(cuts)} places where it can be cut",
-            hint=f"Nearest that works: {len(cuts) + 1} stages (ranks of pp × stages on each).",
+            f"a pipeline of {stages} stages needs {stages - 1} cut{'s' * (stages > 2)}, and the "
+            f"model has {len(cuts) or 'no'} place{'s' * (len(cuts) != 1)} where it can be cut",
+            hint=f"Nearest that works: {len(cuts) + 1} stages (ranks of pp × stages on each)."
+            if cuts
+            else "Use a strategy without pp (dpN, dpN/zeroK, tpN).",
         )
     chain = _Chain(costs, crossing, cuts)
     slowest = chain.best(stages, math.inf, lambda before, cost, _cut: max(before, cost))[0]

@@ -259,6 +259,8 @@ def line_of(message: Message, *, verbose: bool) -> str:
         return f"evaluation{_at(message)}: {text}"
     if kind == "checkpoint" and verbose:
         return _checkpoint_line(message)
+    if kind == "event" and message.get("detail") and not verbose:
+        return ""
     if kind == "event":
         rank = number(message.get("rank"))
         who = f" (rank {rank:.0f})" if math.isfinite(rank) else ""

@@ -144,8 +144,6 @@ def not_yet(strategy: Strategy) -> list[str]:
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
     missing += _not_staged_yet(strategy)
-    if strategy.sp:
-        missing.append("sp")
     if strategy.recompute == "selective":
         missing.append("recompute:selective")
     if strategy.exact is not None:
@@ -157,9 +155,4 @@ def _not_staged_yet(strategy: Strategy) -> list[str]:
     """What a model that is traced and cut (pp, tp) can't be combined with yet."""
     if strategy.pp * strategy.tp == 1:
         return []
-    missing = []
-    if strategy.zero is not None and strategy.zero.stage > 1:
-        missing.append(f"{strategy.zero} with pp or tp")
-    if strategy.compile:
-        missing.append("+compile with pp or tp")
-    return missing
+    return ["+compile with pp or tp"] if strategy.compile else []

@@ -4,7 +4,8 @@ traced = trace(model, inputs, rows=4)
 segments = traced.segment(boundaries)
 """
 
+from shoal.trace.blocks import Block, Blocks
 from shoal.trace.segments import Segment
-from shoal.trace.traced import Traced, trace
+from shoal.trace.traced import Traced, trace, trace_blocks
 
-__all__ = ["Segment", "Traced", "trace"]
+__all__ = ["Block", "Blocks", "Segment", "Traced", "trace", "trace_blocks"]

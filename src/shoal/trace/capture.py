@@ -29,7 +29,8 @@ _TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 31, 64, 97, 128, 1000, 1023, 40
 ADVICE = (
     "Only pipeline (ppN) and tensor (tpN) parallelism need a trace of the model: dpN and "
     "dpN/zeroK run the module itself. Or write this line without looking at a tensor's values "
-    "(torch.where, masks, multiplication)."
+    "(torch.where, masks, multiplication), or make the model an nn.Sequential of blocks, which is "
+    "cut between them without a trace."
 )
 
 
@@ -51,6 +52,7 @@ class _Seen:
     outputs: Structure | None = None
     assigned: tuple[str, ...] = ()
     custom: tuple[str, ...] = ()
+    counted: str | None = None
 
 
 class _Called(nn.Module):
@@ -65,7 +67,7 @@ class _Called(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The flat outputs; what they were part of is noted."""
         value = self._inputs.build(list(tensors))
-        before = dict(self.model.named_buffers())
+        before, numbers = dict(self.model.named_buffers()), _numbers(self.model)
         result = self.model(*value) if self._positional else self.model(value)
         self.seen.outputs, flat = take_apart(result)
         after = dict(self.model.named_buffers())
@@ -73,6 +75,9 @@ class _Called(nn.Module):
             name for name, buffer in after.items() if before.get(name, buffer) is not buffer
         )
         self.seen.assigned, self.seen.custom = assigned, _own_gradients(flat)
+        now = _numbers(self.model)
+        changed = (name for name, number in numbers.items() if now.get(name) != number)
+        self.seen.counted = next(changed, None)
         return (*flat, *(after[name] for name in assigned))
 
 
@@ -91,17 +96,38 @@ def capture(model: nn.Module, inputs: Any, rows: int) -> Captured:
             raise _refused(error) from error
         dims = tuple(None for _ in tensors)
     seen = wrapper.seen
-    if seen.custom:
-        raise Refused(
-            f"the model uses {', '.join(seen.custom)}, a torch.autograd.Function with a "
-            "gradient of its own, which a traced graph does not keep",
-            hint=ADVICE,
-        )
+    if why := _not_kept(seen):
+        raise Refused(why, hint=ADVICE)
     assert seen.outputs is not None
-    if seen.outputs.symbols:
-        raise Refused("the model returns a number that depends on the batch", hint=ADVICE)
     static = rows < 2 or not any(dims) or not _general(program, dims)
     return Captured(program, structure, seen.outputs, static, seen.assigned)
+
+
+def _not_kept(seen: _Seen) -> str | None:
+    """What the model does that a graph of its operations leaves out, if anything."""
+    if seen.custom:
+        return (
+            f"the model uses {', '.join(seen.custom)}, a torch.autograd.Function with a "
+            "gradient of its own, which a traced graph does not keep"
+        )
+    if seen.counted is not None:
+        return (
+            f"the model's forward pass changes the number {seen.counted}, and a traced graph "
+            "would go on with the first one (a buffer can count)"
+        )
+    if seen.outputs is not None and seen.outputs.symbols:
+        return "the model returns a number that depends on the batch"
+    return None
+
+
+def _numbers(model: nn.Module) -> dict[str, bool | int | float]:
+    """The plain numbers that the model's modules have as attributes, by qualified name."""
+    return {
+        f"{path}.{key}".lstrip("."): value
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in (bool, int, float)
+    }
 
 
 def _export(wrapper: _Called, tensors: list[Tensor], dims: tuple[Any, ...]) -> ExportedProgram:
@@ -149,10 +175,18 @@ def _own_gradients(outputs: list[Tensor]) -> tuple[str, ...]:
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if _is_users(node):
             found[type(node).__name__.removesuffix("Backward")] = None
         waiting += [before for before, _ in node.next_functions if before is not None]
     return tuple(found)
+
+
+def _is_users(node: Any) -> bool:
+    """Whether a node of an autograd graph is a Function's; not an operator registered with
+    `torch.library` and a gradient, which stays one operation of the graph and keeps it."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and not type(
+        node
+    ).__name__.startswith("GeneratedBackwardFor_")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ those of `transformers` need no registration. Whatever is neither a container no
 as a constant; an object of another kind that holds tensors (a cache) becomes None and is named.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -110,10 +109,10 @@ def _object(value: Any, tensors: list[Tensor], notes: Structure) -> Build:
         for key, item in getattr(value, "__dict__", {}).items()
         if key not in names and not isinstance(item, Tensor)
     }
-    blank = object.__new__(type(value))
+    kind = type(value)
 
     def build(tensors: Iterator[Tensor]) -> Any:
-        made = copy.copy(blank)
+        made = object.__new__(kind)
         for key, item in others.items():
             object.__setattr__(made, key, item)
         for name, part in zip(names, parts, strict=True):

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 
 from shoal.errors import Refused
 from shoal.trace import lines
+from shoal.trace.blocks import Blocks, is_sequential
 from shoal.trace.capture import ADVICE, Captured, capture
 from shoal.trace.costs import bytes_of, seconds_of
 from shoal.trace.normalise import normalise, op_name, remove_dead
@@ -48,7 +49,8 @@ class Traced:
     tensor. ``inputs``: placeholders in the order of `flatten`. ``static_rows``: None, or the one
     number of rows that the graph holds for. ``parameters``: the qualified names that are
     parameters. ``notes``: what the user might want to know. ``cut_outputs``: output → the dimension
-    along which it stays cut, filled in by tensor parallelism.
+    along which it stays cut, filled in by tensor parallelism. ``blocks``: None, or what is known of
+    a sequential model that could not be traced: its operations are its children then.
     """
 
     graph: Graph
@@ -60,6 +62,7 @@ class Traced:
     parameters: frozenset[str]
     notes: tuple[str, ...] = ()
     cut_outputs: dict[int, int] = field(default_factory=dict)
+    blocks: Blocks | None = None
     _input_structure: Structure | None = field(default=None, repr=False)
     _output_structure: Structure | None = field(default=None, repr=False)
 
@@ -143,13 +146,59 @@ class Traced:
         return live_after(parts, homes(operations(self.graph), [boundary], parts.free), 0)
 
 
-def trace(model: nn.Module, inputs: Any, rows: int) -> Traced:
+def trace(
+    model: nn.Module, inputs: Any, rows: int, *, whole: nn.Module | None = None, split: bool = True
+) -> Traced:
     """Trace ``model`` in the mode that it is in; nothing of it is changed.
 
     ``inputs`` as its forward takes them (a tuple: positional arguments, else one argument), with
     ``rows`` examples, two or more: dimension 0 of each tensor whose size is ``rows`` is then free,
-    where the model allows. Raises Refused naming the line that cannot be traced.
+    where the model allows. A sequential model that cannot be traced is split at its children, see
+    `Blocks`, unless not ``split``; ``whole`` is the same model with its values, if `model` has
+    none.
+    Raises Refused naming the line that cannot be traced.
     """
+    try:
+        return _operations(model, inputs, rows)
+    except Refused as why:
+        if not split or not is_sequential(model):
+            raise
+        blocks = Blocks.measure(model if whole is None else whole, inputs, why)
+    return trace_blocks(model, inputs, rows, blocks)
+
+
+def trace_blocks(model: nn.Module, inputs: Any, rows: int, blocks: Blocks) -> Traced:
+    """The graph of a sequential model's children, which run as they are."""
+    _, tensors = take_apart(inputs)
+    captured = capture(_Same(), tuple(tensors), rows)
+    nodes = {n.name: n for n in captured.program.graph.nodes if n.op == "placeholder"}
+    names = captured.program.graph_signature.user_inputs
+    places = [(str(name), nodes[str(name)].meta["val"]) for name in names]
+    graph, state = blocks.graph(model, places)
+    return Traced(
+        graph,
+        state,
+        {},
+        tuple(name for name, _ in places),
+        rows,
+        None,
+        frozenset(name for name, _ in model.named_parameters()),
+        (f"split at its children, which run as they are: {blocks.why}",),
+        blocks=blocks,
+        _input_structure=take_apart(inputs)[0],
+        _output_structure=blocks.outputs(model.training),
+    )
+
+
+class _Same(nn.Module):
+    """Its trace says which sizes of the inputs are free."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+
+def _operations(model: nn.Module, inputs: Any, rows: int) -> Traced:
+    """The graph of plain operations."""
     captured = capture(model, inputs, rows)
     graph = captured.program.graph
     normalise(graph, captured.program.graph_module)
@@ -221,11 +270,21 @@ def _assign_buffers(traced: Traced, assigned: tuple[str, ...]) -> None:
     values = results[len(results) - len(assigned) :]
     with traced.graph.inserting_before(output):
         for path, value in zip(assigned, values, strict=True):
+            _check_assigned(path, nodes[places[path]].meta["val"], value.meta["val"])
             detached = traced.graph.call_function(torch.ops.aten.detach.default, (value,))
             traced.graph.call_function(
                 torch.ops.aten.copy_.default, (nodes[places[path]], detached)
             )
     output.args = (tuple(results[: len(results) - len(assigned)]),)
+
+
+def _check_assigned(path: str, old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape or old.dtype != new.dtype:
+        raise Refused(
+            f"the forward pass gives the buffer {path} another shape or type: "
+            f"{tuple(old.shape)} {old.dtype} becomes {tuple(new.shape)} {new.dtype}",
+            hint=ADVICE,
+        )
 
 
 def _annotate(graph: Graph) -> None:

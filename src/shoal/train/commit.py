@@ -24,7 +24,7 @@ from shoal.train.agree_start import not_finite, require_finite
 from shoal.train.stop import Convergence
 
 
-class _Meeting:
+class GroupMeeting:
     """The ranks of a group, as a checkpoint's meeting."""
 
     def __init__(self, group: Group) -> None:
@@ -47,7 +47,7 @@ class Committer:
         self._run = run
         self._strategy = strategy
         self._send = send
-        self._meeting = _Meeting(job.groups.checkpoint)
+        self._meeting = GroupMeeting(job.groups.checkpoint)
         self._copies = Copies()
         self._background = Background()
         # An attention mask, say, may be a buffer with infinities from the start.
@@ -73,7 +73,10 @@ class Committer:
         """
         self.wait()
         require_finite(self._job.replica.holding, step, self._never_finite)
-        snapshot = self._copies.take(self._snapshot(step, state))
+        fingerprint = self._recipe.fingerprint
+        snapshot = self._copies.take(
+            snapshot_of(self._job, step, fingerprint, self._strategy, state)
+        )
         best = (convergence.best_step,) if convergence.best is not None else ()
         self._background.start(lambda: self._save(snapshot, best))
 
@@ -102,24 +105,27 @@ class Committer:
         )
         return saved
 
-    def _snapshot(self, step: int, train: dict[str, Any]) -> Snapshot:
-        job = self._job
-        state, scalars = flatten(job.optimizer, job.parameter_names)
-        # Of all ranks: a rank of a pipeline has some of them.
-        for group, names in zip(scalars["groups"], job.group_names, strict=True):
-            group["names"] = list(names)
-        weights, aliases = _weights(job)
-        held = weights | state
-        return Snapshot(
-            step=step,
-            tensors={name: Piece(each, job.part_of(name, each)) for name, each in held.items()},
-            fingerprint=self._recipe.fingerprint,
-            strategy=self._strategy,
-            position={**job.workload.feed.position(step), "data": job.workload.feed.fingerprint},
-            train=train,
-            optimizer=scalars,
-            aliases=aliases,
-        )
+
+def snapshot_of(
+    job: Job, step: int, fingerprint: str, strategy: str, train: dict[str, Any] | None = None
+) -> Snapshot:
+    """What this rank holds after `step` steps; ``train`` is the loop's state."""
+    state, scalars = flatten(job.optimizer, job.parameter_names)
+    # Of all ranks: a rank of a pipeline has some of them.
+    for group, names in zip(scalars["groups"], job.group_names, strict=True):
+        group["names"] = list(names)
+    weights, aliases = _weights(job)
+    held = weights | state
+    return Snapshot(
+        step=step,
+        tensors={name: Piece(each, job.part_of(name, each)) for name, each in held.items()},
+        fingerprint=fingerprint,
+        strategy=strategy,
+        position={**job.workload.feed.position(step), "data": job.workload.feed.fingerprint},
+        train=train,
+        optimizer=scalars,
+        aliases=aliases,
+    )
 
 
 def _weights(job: Job) -> tuple[dict[str, Any], dict[str, str]]:

@@ -25,6 +25,7 @@ def known(run: Run, resolved: Resolved) -> dict[str, Any]:
         "world_size": resolved.strategy.world_size,
         "device": resolved.device,
         "choices": list(resolved.reasons),
+        "split": [],
         "command": sys.argv,
         "steps": 0,
         "samples": 0,

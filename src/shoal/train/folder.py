@@ -115,6 +115,7 @@ def failed(
         "reason": error.message,
         "error": told,
         "resumed_from_step": start_message.get("resumed_from_step"),
+        "split": start_message.get("split", []),
     }
     # What cannot be written must not hide why: the disk may be full.
     with contextlib.suppress(OSError, ShoalError):

@@ -21,6 +21,7 @@ from shoal.train.document import versions
 from shoal.train.located import located
 from shoal.train.loop import Loop, Outcome
 from shoal.train.memory import PeakMemory
+from shoal.train.telling import split_of, tell
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def _train(
         for message in job.warnings:
             run.log_event("warning", message)
             context.send({"kind": "event", "event": "warning", "message": message})
+        tell(split_of(job), run, context.send)
     loop = Loop(job, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
@@ -160,6 +162,8 @@ def _initial(job: Job) -> dict[str, Any]:
         "data": job.workload.feed.fingerprint,
         "evaluation data": evaluation.fingerprint if evaluation is not None else None,
         "first step": job.next_step,
+        "boundaries of the stages": list(getattr(job.replica, "boundaries", ())),
+        "what is cut": {f"line {place}": line for place, line in enumerate(split_of(job), 1)},
     }
 
 
@@ -210,6 +214,7 @@ def _start_message(
         "resumed_from_step": job.next_step if resumed else None,
         "parameters": job.replica.parameters,
         "device": str(job.groups.device),
+        "split": list(split_of(job)),
     }
 
 
@@ -236,6 +241,7 @@ def _summary(
         "best": loop.convergence.state(),
         "bad_examples": loop.bad_examples.count,
         "peak_memory_bytes": [each["peak"] for each in everywhere],
+        "split": list(split_of(job)),
         "comm": job.groups.transport,
         "comm_bytes": _by_rank([each["bytes"] for each in everywhere]),
         "timings": {name: round(value, 4) for name, value in (seconds | split).items()},

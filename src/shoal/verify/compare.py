@@ -1,6 +1,8 @@
 """Every rank's record beside one device's: rank 0 has the latter and shows it to the others."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,40 +10,45 @@ from torch import Tensor
 from shoal.comm import Group
 from shoal.errors import RunError
 from shoal.layout import Layout
-from shoal.train.agree_start import digest
-from shoal.verify.certificate import KINDS, TOLERANCE, Difference
+from shoal.verify.certificate import STAGES, Difference
 from shoal.verify.measure import errors
 from shoal.verify.record import Record, rows_of
 
-# Where a difference shows first, in the order in which a step computes.
-ORDER = ("output", "loss", "gradient", "buffer", "parameter", "optimizer")
+_NOT_CUT = ("loss", "gradient_norm")
 
 
-def share_reference(group: Group, record: Record | None) -> Record:
-    """Rank 0's record, on every rank. Collective."""
-    listing = None
-    if record is not None:
-        listing = {
-            "count": record.count,
-            "tensors": {
-                kind: [
-                    [name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                    for name, t in of.items()
-                ]
-                for kind, of in record.tensors.items()
-            },
-        }
-    said = group.all_gather_json(listing, "evaluation")[0]
-    shared = Record(count=said["count"])
-    for kind in KINDS:
-        for name, dtype, shape in said["tensors"][kind]:
+def share_record(group: Group, record: Record | None, source: int = 0) -> Record:
+    """The record of the rank `source`, on every rank; the others give None or theirs. Collective.
+
+    What is not contiguous arrives so.
+    """
+    mine = record if group.rank == source else None
+    listing = None if mine is None else _listing(mine)
+    said = group.all_gather_json(listing, "evaluation")[source]
+    shared = Record(count=said["count"], allowed=said["allowed"])
+    for kind, tensors in said["tensors"].items():
+        shared.tensors[kind] = {}
+        for name, dtype, shape in tensors:
             here = (
-                record.tensors[kind][name].detach().clone().contiguous()
-                if record is not None
+                mine.tensors[kind][name].detach().clone().contiguous()
+                if mine is not None
                 else torch.empty(shape, dtype=getattr(torch, dtype))
             )
-            shared.tensors[kind][name] = group.broadcast(here, 0, "evaluation")
+            shared.tensors[kind][name] = group.broadcast(here, source, "evaluation")
     return shared
+
+
+def _listing(record: Record) -> dict[str, Any]:
+    return {
+        "count": record.count,
+        "allowed": record.allowed,
+        "tensors": {
+            kind: [
+                [name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in of.items()
+            ]
+            for kind, of in record.tensors.items()
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Held:
 
     def of(self, kind: str, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of the reference's tensors of one kind."""
-        if kind == "loss":
+        if kind in _NOT_CUT:
             return whole
         if kind == "output":
             rows = self.share, self.batch_examples
@@ -86,78 +93,39 @@ def require_all_held(group: Group, layout: Layout, reference: Record) -> None:
 class Comparison:
     """The errors of all steps so far, on one rank."""
 
-    max_error: dict[str, float]
+    max_error: dict[str, float] = field(default_factory=dict)
     first: Difference | None = None
-
-    @classmethod
-    def empty(cls) -> "Comparison":
-        return cls({})
+    of_allowed: float = 0.0
 
     def lose(self, step: int) -> None:
         """Note that the ranks came to no number at `step`, where one device did."""
         self.max_error["loss"] = float("inf")
         self.first = self.first or Difference("loss", "loss", step, float("inf"))
 
-    def add(
-        self,
-        step: int,
-        mine: Record,
-        reference: Record,
-        held: Held,
-    ) -> None:
+    def add(self, step: int, mine: Record, reference: Record, held: Held) -> None:
         """Compare one step's record with what `held` says that this rank has of the reference."""
-        for kind in ORDER:
+        for kind in STAGES:
             theirs = reference.tensors[kind]
             found = errors(mine.tensors[kind], held.of(kind, theirs), whole=theirs)
             for name, error in found.items():
                 self.max_error[kind] = max(self.max_error.get(kind, 0.0), error)
-                if error > TOLERANCE and self.first is None:
+                allowed = reference.allowance(kind, name)
+                if allowed:
+                    self.of_allowed = max(self.of_allowed, error / allowed)
+                if error > allowed and self.first is None:
                     self.first = Difference(name, kind, step, error)
 
 
-def cause_between_ranks(
-    group: Group, first: Difference, mine: Record, reference: Record, layout: Layout
-) -> str | None:
-    """What only the ranks together can tell: gradients that add up, replicas that differ.
+def first_of_all(group: Group, comparison: Comparison) -> Difference | None:
+    """The first difference on any rank: the earliest step, then what is computed first.
 
     Nothing where ranks hold pieces. Collective; equal on all ranks.
     """
-    cut = any(not part.is_whole for part in layout.values())
-    if any(group.all_gather_json(cut, "evaluation")):
-        return None
-    if first.kind not in ("gradient", "buffer", "parameter", "optimizer"):
-        return None
-    other = _other_replica(group, first, mine)
-    if other is not None and first.kind == "gradient" and _adds_up(group, mine, reference):
-        return (
-            "gradients were not summed over the replicas: each has only its own share's "
-            "(their sum is right)"
-        )
-    return other
+    own = comparison.first.to_json() if comparison.first is not None else None
+    found = [each for each in group.all_gather_json(own, "evaluation") if each is not None]
+    return Difference(**min(found, key=_when)) if found else None
 
 
-def _adds_up(group: Group, mine: Record, reference: Record) -> bool:
-    """Whether the ranks' gradients sum to one device's. Collective.
-
-    The names are the reference's, which all ranks have alike: a rank without a gradient takes part
-    with zeros.
-    """
-    theirs, own = reference.tensors["gradient"], mine.tensors["gradient"]
-    summed = {
-        name: group.all_reduce(own.get(name, torch.zeros_like(tensor)).clone(), "evaluation")
-        for name, tensor in theirs.items()
-    }
-    return max(errors(summed, theirs).values(), default=1.0) <= TOLERANCE
-
-
-def _other_replica(group: Group, first: Difference, mine: Record) -> str | None:
-    """Which rank's tensor is not rank 0's, if that is what differs. Collective."""
-    tensor = mine.tensors[first.kind].get(first.name)
-    digests = group.all_gather_json(None if tensor is None else digest(tensor), "evaluation")
-    for rank, other in enumerate(digests):
-        if other != digests[0]:
-            return (
-                f"replicas differ from one another: {first.kind} {first.name} on rank {rank} "
-                "is not rank 0's (a stale replica, or a sum over the wrong ranks)"
-            )
-    return None
+def _when(difference: dict[str, Any]) -> tuple[int, int, str]:
+    place = STAGES.index(difference["kind"]) if difference["kind"] in STAGES else len(STAGES)
+    return difference["step"], place, json.dumps(difference["name"])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from shoal import env
@@ -12,7 +13,8 @@ from shoal.launch import Ranks
 from shoal.recipe import Component, Recipe
 from shoal.recipe.component import read
 from shoal.strategy import Strategy
-from shoal.verify.certificate import Certificate, Difference
+from shoal.verify.certificate import Certificate, Difference, Moved
+from shoal.verify.dtypes import dtype_name
 
 
 def verify(
@@ -26,14 +28,18 @@ def verify(
     optimizer: str | Mapping[str, Any] = "adamw",
     normalize_over: int | None = None,
     steps: int = 3,
+    dtype: Any = None,
 ) -> Certificate:
-    """Compare `strategy` with one device, in float64, over `steps` training steps.
+    """Compare `strategy` with one device over `steps` training steps.
 
     Give a recipe, or functions: ``model_fn() -> nn.Module``; ``batch_fn(step) -> (inputs,
     targets)``, the global batch; ``loss_fn(outputs, targets) -> (sum, count)``, or a mean over
     the first dimension of the targets; ``weight_fn(targets) -> count`` overrides that count.
     ``optimizer`` is `sgd`, `adam`, `adamw`, or a mapping with `name` and its options;
     ``normalize_over`` the examples of a statistics group of batch norm, None for the batch.
+    ``dtype`` is what the ranks compute in: torch.float64 (default: equal to 1e-10), or
+    torch.float32 or torch.bfloat16 (autocast; the default of a strategy with +bf16): then what one
+    device's own rounding shows is allowed.
 
     Returns a certificate, also where nothing could be compared (``ok`` False, ``refused`` says
     why). Only a keyboard interrupt or a stop leaves as an exception.
@@ -49,57 +55,57 @@ def verify(
         if recipe is None and any(each is None for each in functions):
             raise UsageError("give a recipe, or all of model_fn, batch_fn and loss_fn")
         if recipe is not None:
-            task, resolved, threads = _of_recipe(recipe, strategy, steps)
+            work, resolved, threads = _of_recipe(recipe, strategy, dtype)
         else:
-            work = (*functions, weight_fn, _optimizer(optimizer), normalize_over)
-            task, resolved, threads = _of_functions(work, strategy, steps)
+            given_work = (*functions, weight_fn, _optimizer(optimizer), normalize_over)
+            work, resolved, threads = _of_functions(given_work, strategy, dtype)
         given = str(resolved)
+        name = _dtype(dtype, resolved)
+
+        def task(make: Any) -> Any:
+            return make(work=work(), strategy=given, steps=steps, dtype=name)
+
         findings = _run(task, resolved.world_size, threads)
     except Stopped:
         raise
     except ShoalError as error:
         return Certificate(False, given, steps, refused=str(error))
-    return _certificate(given, steps, findings, time.perf_counter() - started)
+    return _certificate(given, steps, name, findings, time.perf_counter() - started)
 
 
 def _of_recipe(
-    recipe: Recipe, strategy: str | Strategy, steps: int
-) -> tuple[Callable[[Any], Any], Strategy, int]:
+    recipe: Recipe, strategy: str | Strategy, dtype: Any
+) -> tuple[Callable[[], Any], Strategy, int]:
     resolved = resolve(recipe, strategy, Cluster.local())
-    _require_float64(resolved.strategy)
     check_before_start(recipe)
     values = recipe.to_dict()
-
-    def task(make: Any) -> Any:
-        return make(work=values, strategy=str(resolved.strategy), steps=steps)
-
-    return task, resolved.strategy, resolved.threads
+    return lambda: values, _with_dtype(resolved.strategy, dtype), resolved.threads
 
 
 def _of_functions(
-    work: tuple[Any, ...], strategy: str | Strategy, steps: int
-) -> tuple[Callable[[Any], Any], Strategy, int]:
+    work: tuple[Any, ...], strategy: str | Strategy, dtype: Any
+) -> tuple[Callable[[], Any], Strategy, int]:
     parsed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     if parsed.is_auto:
         raise Refused("verify needs a strategy, as in strategy='dp2'")
-    _require_float64(parsed)
     parsed.check_runnable(batch_size=max(parsed.dp, 1))
     threads = max(1, Cluster.local().cores // parsed.world_size)
 
-    def task(make: Any) -> Any:
+    def functions() -> Any:
         from shoal.verify.on_rank import Functions
 
-        return make(work=Functions(*work), strategy=str(parsed), steps=steps)
+        return Functions(*work)
 
-    return task, parsed, threads
+    return functions, _with_dtype(parsed, dtype), threads
 
 
-def _require_float64(strategy: Strategy) -> None:
-    if strategy.bf16:
-        raise Refused(
-            f"strategy {strategy}: verification is in float64, and bf16 is autocast",
-            hint="Verify the split without +bf16: it is the same split.",
-        )
+def _dtype(dtype: Any, strategy: Strategy) -> str:
+    return dtype_name(dtype, bf16=strategy.bf16)
+
+
+def _with_dtype(strategy: Strategy, dtype: Any) -> Strategy:
+    """bf16 is autocast, which a strategy says."""
+    return replace(strategy, bf16=_dtype(dtype, strategy) == "bfloat16")
 
 
 def _optimizer(given: str | Mapping[str, Any]) -> Component:
@@ -127,9 +133,10 @@ def _run(task: Callable[[Any], Any], ranks: int, threads: int) -> dict[str, Any]
 
 
 def _certificate(
-    strategy: str, steps: int, findings: dict[str, Any], seconds: float
+    strategy: str, steps: int, dtype: str, findings: dict[str, Any], seconds: float
 ) -> Certificate:
-    first = findings["first_difference"]
+    first, moved = findings["first_difference"], findings["checkpoint"]
+    low = findings["one_device"]
     return Certificate(
         ok=first is None,
         strategy=strategy,
@@ -137,5 +144,11 @@ def _certificate(
         max_error=findings["max_error"],
         first_difference=Difference(**first) if first is not None else None,
         cause=findings["cause"],
+        dtype=dtype,
         seconds=round(seconds, 2),
+        gradient_norm=findings["gradient_norm"],
+        checkpoint=Moved(**moved) if moved is not None else None,
+        one_device=low or {},
+        of_allowed=findings["of_allowed"] if low is not None else None,
+        split=tuple(findings["split"]),
     )

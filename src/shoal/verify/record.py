@@ -8,18 +8,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from shoal.layout import Layout
-from shoal.verify.certificate import KINDS
+from shoal.verify.certificate import STAGES, TOLERANCE
 from shoal.verify.measure import scale_of
 
 
 @dataclass
 class Record:
-    """Tensors of one step: ``tensors[kind][name]``, and what the loss was counted in."""
+    """Tensors of one step: ``tensors[kind][name]``, and what the loss was counted in.
+
+    ``allowed[kind][name]``: the error that ranks may have against this record; what is not there
+    may have `TOLERANCE`. Filled where the ranks compute in less than float64.
+    """
 
     tensors: dict[str, dict[str, Tensor]] = field(
-        default_factory=lambda: {kind: {} for kind in KINDS}
+        default_factory=lambda: {kind: {} for kind in STAGES}
     )
     count: float = 0.0
+    allowed: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def allowance(self, kind: str, name: str) -> float:
+        """The error that a tensor may have."""
+        return self.allowed.get(kind, {}).get(name, TOLERANCE)
 
 
 def rows_of(tensor: Tensor, share: tuple[int, int], batch_examples: int) -> Tensor:

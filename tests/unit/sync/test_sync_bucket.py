@@ -1,8 +1,10 @@
 """Buckets: which parameters travel together, and what becomes of those that a step leaves out."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.errors import Refused, RunError
@@ -59,12 +61,13 @@ def test_a_parameter_that_only_another_rank_has_used_gets_its_gradient() -> None
 
 class Replica:
     def __init__(self, model: nn.Module) -> None:
-        self.holding = model
+        self.model = self.holding = model
 
 
 def test_a_gradient_that_comes_twice_is_refused() -> None:
     model, agreement = nn.Linear(2, 2), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
+    agreement.share(torch.zeros(2, dtype=torch.float64))  # the last backward pass begins
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(RunError, match="added to twice"):
         model(torch.ones(1, 2)).sum().backward()
@@ -73,6 +76,7 @@ def test_a_gradient_that_comes_twice_is_refused() -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     model, agreement = nn.Embedding(4, 2, sparse=True), EveryStep(Group(0, 1), Group(0, 1))
     agreement.attach(Replica(model))
+    agreement.share(torch.zeros(1))
     with pytest.raises(Refused, match="sparse"):
         model(torch.tensor([1])).sum().backward()
 
@@ -89,6 +93,60 @@ def test_parameters_left_out_of_one_step_are_there_in_the_next() -> None:
         x = torch.ones(1, 2)
         for layer in model[:layers]:
             x = layer(x)
+        agreement.share(torch.zeros(1))
         x.sum().backward()
         agreement.agree(replica)
         assert [p.grad is not None for p in model.parameters()] == [True] * 2 + [layers == 2] * 2
+
+
+class Accumulating(Replica):
+    """One that adds to its gradients, and says when it has done."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.accumulation = self
+        self.last = False
+
+    def finishes(self, _parameter: Tensor) -> bool:
+        return self.last
+
+    def tell(self, listener: Any) -> None:
+        self.completed = listener
+
+
+def test_nothing_is_sent_before_a_gradient_is_complete() -> None:
+    model = nn.Linear(2, 1)
+    agreement, replica = EveryStep(Group(0, 1), Group(0, 1)), Accumulating(model)
+    agreement.attach(replica)
+    for replica.last, sent in ((False, 0), (False, 0), (True, 1)):
+        model(torch.ones(1, 2)).sum().backward()
+        assert agreement._sent == sent
+    agreement.agree(replica)
+    assert model.weight.grad.tolist() == [[3.0, 3.0]]
+    model.zero_grad()
+    replica.last = False
+    model(torch.ones(1, 2)).sum().backward()
+    replica.completed([model.weight])
+    assert agreement._sent == 0
+    replica.completed([model.bias])
+    assert agreement._sent == 1
+    agreement.agree(replica)
+
+
+def test_gradients_of_microbatches_wait_for_the_last_one() -> None:
+    """Also those of a layer that the last one does not use; each is sent once."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    agreement = EveryStep(Group(0, 1), Group(0, 1))
+    replica = Replica(model)
+    agreement.attach(replica)
+    x = torch.ones(1, 2)
+    for _ in range(2):
+        model.zero_grad()
+        model[1](model[0](x)).sum().backward()
+        (bucket,) = agreement._buckets
+        assert bucket.pending is None
+        agreement.share(torch.zeros(1))
+        model[0](x).sum().backward()
+        agreement.agree(replica)
+        assert model[0].bias.grad.tolist() == (1 + model[1].weight.sum(0)).tolist()
+        assert model[1].bias.grad.tolist() == [1, 1]

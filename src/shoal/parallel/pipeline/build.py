@@ -18,7 +18,9 @@ from shoal.errors import Refused
 from shoal.layout import Part
 from shoal.parallel import tensor
 from shoal.parallel.batch_groups import BatchGroups
+from shoal.parallel.pipeline.blocks import has_batch_norms, use_blocks
 from shoal.parallel.pipeline.completion import Completion
+from shoal.parallel.pipeline.describing import of_tensors
 from shoal.parallel.pipeline.forms import Forms
 from shoal.parallel.pipeline.links import Links
 from shoal.parallel.pipeline.norms import batch_norms, refuse_written_buffers, use_group_norms
@@ -29,7 +31,7 @@ from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness
 from shoal.parallel.recompute import find_blocks
 from shoal.parallel.replica import Numerics, Objective, each_tensor
-from shoal.parallel.zero import shard
+from shoal.parallel.zero import GatheredRows, of_zero, shard
 from shoal.schedule import Table, make
 from shoal.trace import Traced
 from shoal.trace.structure import take_apart
@@ -39,12 +41,14 @@ from shoal.trace.structure import take_apart
 class Staging:
     """How a replica's stages are run: the strategy's schedule and its microbatches.
 
-    ``chunks``: stages on each rank, None for the method's own number.
+    ``chunks``: stages on each rank, None for the method's own number. ``sequences``: between layers
+    that tensor ranks share, each keeps a part of the sequence.
     """
 
     method: str = "1f1b"
     microbatches: int = 1
     chunks: int | None = None
+    sequences: bool = False
 
     def table(self, ranks: int) -> Table:
         table = make(self.method, ranks, self.microbatches, self.chunks)
@@ -74,12 +78,19 @@ def build_staged_replica(
     """
     table = staging.table(groups.pipeline.size)
     builder = _Builder(model, groups, table, BatchGroups(normalize_over, groups.statistics), seed)
-    parameters = list(model.parameters())
-    _require_training(parameters)
-    if numerics.channels_last:
+    builder.sequences = staging.sequences
+    if zero > 1 and groups.shard.size > 1:
+        builder.rows = GatheredRows(groups, keep=zero == 2, later=table.splits_backward)
+    _require_training(model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    of_states = of_zero(zero, list(model.parameters()), groups.shard.size)
+    # Rows are cut in the usual order only: there, inputs alone are so.
+    if numerics.channels_last and builder.rows is None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     builder.make_forms(_like_microbatch(inputs, staging.microbatches), recompute)
+    states = shard(zero, model, model, groups, offload=offload, traced=builder.rows)
     links = Links(groups.pipeline, table, groups.device)
+    about = (*builder.forms.about, *builder.about, *of_states)
     return StagedReplica(
         Parts(
             model,
@@ -95,17 +106,18 @@ def build_staged_replica(
             builder.tied(),
             Completion(builder.parameters_by_stage()),
             builder.cut,
-            shard(zero, model, model, groups, offload=offload),
-            builder.about,
+            states,
+            builder.rows,
+            about,
             builder.has_norms,
             builder.plan,
-            sum(parameter.numel() for parameter in parameters),
+            count,
         )
     )
 
 
-def _require_training(parameters: list[nn.Parameter]) -> None:
-    if not any(parameter.requires_grad for parameter in parameters):
+def _require_training(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise Refused(
             "every parameter of this model is frozen (requires_grad is False): "
             "there is nothing to train",
@@ -136,27 +148,39 @@ class _Builder:
         self.key = StepKey(seed)
         self.key.know(model)
         self.later = Later()
+        self.rows: GatheredRows | None = None
         self.cut: dict[str, Part] = {}
         self.plan: tensor.TensorPlan | None = None
         self.about: tuple[str, ...] = ()
         self.has_norms = False
+        self.sequences = False
 
     def make_forms(self, example: tuple[Any, int], recompute: bool) -> None:
         blocks: tuple[str, ...] = ()
-        if recompute:
+        if recompute or self.rows is not None:
             paths = {id(module): path for path, module in self.model.named_modules()}
             blocks = tuple(paths[id(block)] for block in find_blocks(self.model))
-            if not blocks:
+            if recompute and not blocks:
                 raise Refused(
                     "recompute: this model has no blocks (children of an nn.Sequential or "
                     "nn.ModuleList)",
                     hint="Leave +recompute out, or group the model's layers into an nn.Sequential.",
                 )
-        self.forms = Forms(self.model, self.table, self.groups.pipeline.rank, self.rewrite, blocks)
+        self.forms = Forms(
+            self.model,
+            self.table,
+            self.groups.pipeline.rank,
+            self.rewrite,
+            blocks,
+            again=recompute,
+            rows=self.rows,
+        )
         self.forms.of(training=True, inputs=example[0], rows=example[1])
 
     def rewrite(self, traced: Traced, training: bool) -> Traced:
         """Everything that is done to a trace before it is cut."""
+        if traced.blocks is not None:
+            return self._prepare_blocks(traced, training)
         traced = self._cut_layers(traced)
         use_counted_randomness(traced, self.key)
         if batch_norms(traced):
@@ -166,6 +190,19 @@ class _Builder:
             refuse_written_buffers(traced)
         if self.table.splits_backward and training:
             split_weights(traced, self.later)
+        return traced
+
+    def _prepare_blocks(self, traced: Traced, training: bool) -> Traced:
+        """The same for a model whose children run as they are: their layers are made ours."""
+        skeleton = self.forms.skeleton
+        if has_batch_norms(skeleton):
+            self._check_norms(training)
+        once = training and self.table.microbatches == 1 and not self.forms.blocks
+        use_blocks(traced, skeleton, self.key, self.batch_groups, may_write=once or not training)
+        if self.groups.tensor.size > 1 and self.plan is None:
+            self.plan = tensor.nothing(self.groups.tensor.size, skeleton)
+            self.about += self.plan.warnings
+        self.about = tuple(dict.fromkeys((*self.about, *traced.notes)))
         return traced
 
     def _cut_layers(self, traced: Traced) -> Traced:
@@ -180,8 +217,12 @@ class _Builder:
             for name, first in self.forms.names.items():
                 if first in self.plan.cuts:
                     self.cut[name] = parts[first]
-            self.about += (*self.plan.reasons, *self.plan.warnings)
-        return tensor.apply(self.plan, traced, self.forms.skeleton, group)
+            self.about = of_tensors(self.plan)
+        mine = tensor.apply(self.plan, traced, self.forms.skeleton, group)
+        if self.sequences:
+            done = tensor.cut_sequences(mine, self.forms.skeleton, group)
+            self.about += () if any(each.startswith("sp: ") for each in self.about) else done
+        return mine
 
     def _check_norms(self, training: bool) -> None:
         self.has_norms = True
@@ -213,5 +254,6 @@ class _Builder:
             parameter = held.get(name)
             if isinstance(parameter, nn.Parameter):
                 ranks = {self.table.rank_of(stage) for stage in stages}
-                holders[parameter] = tuple(sorted(ranks))
+                kept = parameter if self.rows is None else self.rows.piece_of(parameter)
+                holders[kept] = tuple(sorted(ranks))
         return Tied(self.groups.pipeline, holders)

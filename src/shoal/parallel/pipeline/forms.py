@@ -10,6 +10,7 @@ its parameters lie. Models are traced again from a skeleton without memory, sinc
 only its own stages' tensors.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from shoal.parallel.pipeline.chunk import Chunk
 from shoal.parallel.pipeline.cutting import Cut, choose, cut_at, follow
+from shoal.parallel.pipeline.describing import of_masks, of_stages
 from shoal.parallel.pipeline.placing import (
     find_holders,
     keep_only,
@@ -25,8 +27,10 @@ from shoal.parallel.pipeline.placing import (
     skeleton_of,
     tensors_of,
 )
+from shoal.parallel.randomness import StepKey, intercepting
+from shoal.parallel.zero.gathered import GatheredRows
 from shoal.schedule import Table
-from shoal.trace import Traced, trace
+from shoal.trace import Blocks, Traced, trace, trace_blocks
 
 Rewrite = Callable[[Traced, bool], Traced]
 
@@ -68,7 +72,8 @@ class Forms:
     """All forms of one rank's model. Making the first takes the other stages' tensors out of it.
 
     ``rewrite(traced, training)`` prepares a trace to be cut; ``blocks`` are the paths of modules
-    to be computed again in the backward pass.
+    with borders around them: to be computed again in the backward pass (``again``), or to have
+    their parameters gathered together (``rows``).
     """
 
     model: nn.Module
@@ -76,10 +81,14 @@ class Forms:
     rank: int
     rewrite: Rewrite
     blocks: tuple[str, ...] = ()
+    again: bool = False
+    rows: GatheredRows | None = None
     holders: dict[str, set[int]] = field(default_factory=dict)
     boundaries: tuple[int, ...] = ()
+    about: tuple[str, ...] = ()  # where it is cut and why, in words
     _known: dict[bool, list[Form]] = field(default_factory=lambda: {True: [], False: []})
     _first: Cut | None = None
+    split: Blocks | None = None  # of a model that is cut between its children, untraced
 
     def __post_init__(self) -> None:
         self.skeleton = skeleton_of(self.model)
@@ -94,20 +103,34 @@ class Forms:
             known.append(found)
         return found
 
+    def in_backward(self, key: StepKey) -> contextlib.AbstractContextManager[object]:
+        """For a backward pass: what a block of its own accord runs again draws as we count."""
+        return intercepting(key) if self.split is not None else contextlib.nullcontext()
+
     def _make(self, training: bool, inputs: Any, rows: int) -> Form:
         self.skeleton.train(training)
-        traced = trace(self.skeleton, inputs, rows)
+        traced = self._traced(inputs, rows)
         costs = traced.costs  # of operations that rewriting may make unknown ones
         traced = self.rewrite(traced, training)
         if self._first is None:
             self.boundaries = choose(traced, self.table.stages, costs)
             cut = self._first = cut_at(traced, self.boundaries, self.blocks)
+            self.about = (*of_stages(traced, self.boundaries, costs, self.table), *of_masks(traced))
             self.holders = find_holders(self.model, cut.stages)
             keep_only(self.model, self._kept())
         else:
             found = follow(traced, self._first, self.holders, self.names)
-            cut = cut_at(traced, found, self.blocks if training else ())
+            cut = cut_at(traced, found, self.blocks if training or self.rows else ())
         return Form(traced, self._chunks(cut))
+
+    def _traced(self, inputs: Any, rows: int) -> Traced:
+        """Of the skeleton. Whether at its operations or its children, the first trace decides."""
+        if self.split is not None:
+            return trace_blocks(self.skeleton, inputs, rows, self.split)
+        first = self._first is None
+        traced = trace(self.skeleton, inputs, rows, whole=self.model, split=first)
+        self.split = traced.blocks
+        return traced
 
     def _kept(self) -> set[str]:
         mine = set(self.table.stages_of(self.rank))
@@ -115,7 +138,13 @@ class Forms:
 
     def _chunks(self, cut: Cut) -> dict[int, Chunk]:
         held = dict(self.skeleton.named_buffers(remove_duplicate=False)) | tensors_of(self.model)
-        return {
-            stage: Chunk(cut.stages[stage], held, cut.again[stage])
-            for stage in self.table.stages_of(self.rank)
-        }
+        return {stage: self._chunk(cut, stage, held) for stage in self.table.stages_of(self.rank)}
+
+    def _chunk(self, cut: Cut, stage: int, held: dict[str, Tensor]) -> Chunk:
+        segments = cut.stages[stage]
+        again = cut.again[stage] if self.again else [False] * len(segments)
+        if self.rows is None:
+            return Chunk(segments, held, again)
+        needed = [[held[path] for path in segment.state.values()] for segment in segments]
+        units = [self.rows.unit(stage, number, each) for number, each in enumerate(needed)]
+        return Chunk(segments, held, again, self.rows, units)

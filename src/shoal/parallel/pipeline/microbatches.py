@@ -34,3 +34,17 @@ def run_by(rows: Sequence[slice]) -> tuple[bool, ...]:
     """
     filled = [part.stop > part.start for part in rows]
     return tuple(filled) if any(filled) else tuple(number == 0 for number in range(len(rows)))
+
+
+def run_together(
+    pieces: Sequence[slice], of_each: Sequence[tuple[bool, ...]]
+) -> tuple[list[slice], tuple[bool, ...], frozenset[int]]:
+    """Pieces, which are run, and which of those only stand in: where replicas have to keep step.
+
+    ``of_each``: what `run_by` says of each replica. One that has fewer rows runs its first again.
+    """
+    runs = tuple(any(of_it) for of_it in zip(*of_each, strict=True))
+    idle = frozenset(
+        m for m, piece in enumerate(pieces) if m and runs[m] and piece.start == piece.stop
+    )
+    return [pieces[0] if m in idle else piece for m, piece in enumerate(pieces)], runs, idle

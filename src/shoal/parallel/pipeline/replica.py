@@ -26,7 +26,7 @@ from shoal.parallel.microbatches import LocalBatch, Share
 from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.forms import Form, Forms
 from shoal.parallel.pipeline.links import Links, Message
-from shoal.parallel.pipeline.microbatches import cut_groups, cut_rows, run_by
+from shoal.parallel.pipeline.microbatches import cut_groups, cut_rows, run_by, run_together
 from shoal.parallel.pipeline.outputs import join
 from shoal.parallel.pipeline.tied import Tied
 from shoal.parallel.pipeline.weights import Later
@@ -40,7 +40,7 @@ from shoal.parallel.replica import (
     user_error,
 )
 from shoal.parallel.tensor import TensorPlan, gather_outputs, wrap
-from shoal.parallel.zero import States
+from shoal.parallel.zero import GatheredRows, States
 from shoal.schedule import Action, Table
 
 Values = dict[str, Tensor]
@@ -64,6 +64,7 @@ class Parts:
     completion: Completion
     cut: dict[str, Part]  # of the tensors that tensor parallelism has cut
     states: States
+    rows: GatheredRows | None  # zero2 and zero3: what the stages gather from
     about: tuple[str, ...]  # what is cut and why, in words
     has_norms: bool
     plan: TensorPlan | None  # of tensor parallelism
@@ -87,6 +88,8 @@ class _Run:
     counts: bool  # whether the rows have any weight, see `Share`
     divisor: float
     pieces: dict[int, slice]  # the microbatches that are run, and their rows
+    idle: frozenset[int] = frozenset()  # of these, those that only stand in, without weight
+    last: frozenset[Action] = frozenset()  # each stage's last action of this rank
     forms: dict[int, Form] = field(default_factory=dict)
     inputs: dict[int, Values] = field(default_factory=dict)
     kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
@@ -178,6 +181,7 @@ class StagedReplica:
         actions = [action for action in self._row if action.microbatch in run.pieces]
         forwards = sum(action.kind == "F" for action in actions)
         self._parts.completion.begin(actions)
+        run.last = frozenset({a.stage: a for a in actions if a.kind in "BW"}.values())
         totals: Pending | None = None
         try:
             for action in actions:
@@ -200,14 +204,18 @@ class StagedReplica:
 
     def _do(self, run: _Run, action: Action) -> None:
         kind, stage, microbatch = action
+        last = action in run.last
         if kind == "F":
             self._forward(run, stage, microbatch)
-        elif kind == "W":
-            self._parts.later.run(stage, microbatch)
-        else:
+            return
+        if kind != "W":
+            if self._parts.rows is not None:
+                self._parts.rows.begin_backward((stage, microbatch), last=last)
             self._backward(run, stage, microbatch)
-            if kind == "B":
-                self._parts.later.run(stage, microbatch)
+        if kind != "I":
+            self._parts.later.run(stage, microbatch)
+            if self._parts.rows is not None:
+                self._parts.rows.settle((stage, microbatch), last=last)
 
     def _forward(self, run: _Run, stage: int, microbatch: int) -> None:
         chunk = run.forms[microbatch].chunks[stage]
@@ -215,7 +223,7 @@ class StagedReplica:
         received = links.receive(Message("F", stage - 1, microbatch)) if stage else []
         self._enter(run, microbatch)
         values = run.inputs[microbatch] | _named(chunk.takes, received)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16):
+        with self._products():
             live = _call(chunk, values)
             if stage == self.table.stages - 1:
                 outputs = [live[name] for name in chunk.outputs]
@@ -233,13 +241,13 @@ class StagedReplica:
         seen = wrap(outputs, traced, group) if traced.cut_outputs else outputs
         whole = traced.rebuild(seen)
         total, count = call_objective(self._parts.objective, whole, targets)
-        if not run.counts:
+        if not run.counts or microbatch in run.idle:
             total, count = total * 0.0, count * 0.0
         if not total.requires_grad:
             raise _no_gradient(run.step)
         if self._parts.groups.tensor.rank == 0:
             run.sums += torch.stack((total.detach().double(), count.detach().double())).cpu()
-        if self._captures:
+        if self._captures and microbatch not in run.idle:
             kept = [tensor.detach().clone() for tensor in outputs]
             run.outputs[microbatch] = self._whole(run, microbatch, kept)
         return total / run.divisor
@@ -257,7 +265,7 @@ class StagedReplica:
         self._enter(run, microbatch)
         parts.later.at = (stage, microbatch)
         if roots:
-            with parts.batch_groups.recomputation():
+            with parts.batch_groups.recomputation(), parts.forms.in_backward(parts.randomness):
                 torch.autograd.backward(roots, gradients)
         if stage:
             of_received = [None if value is None else value.grad for value in kept.received]
@@ -268,8 +276,8 @@ class StagedReplica:
 
         Before that, gradients of tied parameters are summed over the stages. Collective.
         """
-        self._parts.tied.sum_gradients()
         self._parts.states.finish()
+        self._parts.tied.sum_gradients()
         self._parts.states.take_gradients(self._divisor / count if count else 1.0)
 
     def updated(self) -> None:
@@ -280,24 +288,36 @@ class StagedReplica:
         """The 2-norm of the whole model's gradient, a 0-d tensor. Collective over the replica.
 
         Each number counts once: tied ones with their first stage, and those that every tensor rank
-        holds with the first of these.
+        holds with the first of these; likewise what is whole on all ranks of a shard group.
         """
-        groups, mine = self._parts.groups, []
-        for name, parameter in self.model.named_parameters():
+        groups, rows, mine = self._parts.groups, self._parts.rows, []
+        held = self.model if rows is None else rows.holding
+        for name, parameter in held.named_parameters():
             whole = name not in self._parts.cut
             elsewhere = self._parts.tied.counts_elsewhere(parameter)
+            everywhere = rows is not None and rows.is_on_all(parameter)
             if parameter.grad is None or elsewhere or (whole and groups.tensor.rank):
                 continue
-            mine.append(parameter.grad)
+            if parameter.numel() and not (everywhere and groups.shard.rank):
+                mine.append(parameter.grad)
         norm = nn.utils.get_total_norm(mine) if mine else torch.zeros((), device=self.device)
         square = norm.double().square().reshape(1)
         dtype = norm.dtype if mine else next(self._dtypes(), norm.dtype)
-        for group in (groups.tensor, groups.pipeline):
+        sharded = () if rows is None else (groups.shard,)
+        for group in (*sharded, groups.tensor, groups.pipeline):
             group.all_reduce(square, "agreement")
         return square.sqrt().to(dtype).reshape(())
 
     def _dtypes(self) -> Iterator[torch.dtype]:
         yield from (parameter.dtype for parameter in self.model.parameters())
+
+    def _products(self) -> torch.autocast:
+        """Products in bf16, where that was asked for."""
+        # Weights that are gathered unit by unit are not to stay as copies in bf16.
+        cached = self._parts.rows is None
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.numerics.bf16, cache_enabled=cached
+        )
 
     # ---- evaluation
 
@@ -317,11 +337,12 @@ class StagedReplica:
         received = links.receive(Message("F", stage - 1, microbatch)) if stage else []
         self._enter(run, microbatch)
         values = run.inputs[microbatch] | _named(chunk.takes, received)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numerics.bf16):
+        with self._products():
             live = _call(chunk, values)
         if stage == self.table.stages - 1:
             outputs = [live[name] for name in chunk.outputs]
-            run.outputs[microbatch] = self._whole(run, microbatch, outputs)
+            if microbatch not in run.idle:
+                run.outputs[microbatch] = self._whole(run, microbatch, outputs)
         else:
             links.send(Message("F", stage, microbatch), [live[name] for name in chunk.gives])
 
@@ -338,14 +359,18 @@ class StagedReplica:
         """Cut the batch, and have the forms that its microbatches need."""
         parts, rows = self._parts, len(batch.rows)
         parts.batch_groups.begin(batch.rows, share.batch_examples, list(share.shares))
-        pieces = self._pieces(batch, training)
-        runs = run_by(pieces)
+        pieces = self._pieces(batch.rows, training)
+        runs, idle = run_by(pieces), frozenset[int]()
+        if parts.rows is not None:
+            of_each = [self._pieces(torch.arange(*reads), training) for reads in share.shares]
+            pieces, runs, idle = run_together(pieces, [run_by(each) for each in of_each])
         run = _Run(
             batch,
             step,
             not share.is_empty(self.rank),
             float(max(1, share.batch_examples)),
             {m: piece for m, piece in enumerate(pieces) if runs[m]},
+            idle,
         )
         if training and parts.has_norms and parts.batch_groups.crosses and len(run.pieces) > 1:
             raise Refused(
@@ -363,21 +388,22 @@ class StagedReplica:
         parts.links.begin(keys, backward=training)
         return run
 
-    def _pieces(self, batch: LocalBatch, training: bool) -> list[slice]:
-        """The microbatches' rows: whole statistics groups, if there are any."""
+    def _pieces(self, positions: Tensor, training: bool) -> list[slice]:
+        """The microbatches' rows of these: whole statistics groups, if there are any."""
         size = self._parts.batch_groups.normalize_over
         if self._parts.has_norms and not training and size is None:
-            return [slice(0, len(batch.rows))]
+            return [slice(0, len(positions))]
         if self._parts.has_norms and size is not None:
-            groups = torch.div(batch.rows, size, rounding_mode="floor").tolist()
+            groups = torch.div(positions, size, rounding_mode="floor").tolist()
             return cut_groups(groups, self.table.microbatches)
-        return cut_rows(len(batch.rows), self.table.microbatches)
+        return cut_rows(len(positions), self.table.microbatches)
 
     def _enter(self, run: _Run, microbatch: int) -> None:
         """What follows is about these rows, for batch statistics and random choices."""
         rows = run.batch.rows[run.pieces[microbatch]]
         if len(run.pieces) > 1:
             self._parts.batch_groups.microbatch(rows)
+            self._parts.batch_groups.stands_in = not run.counts or microbatch in run.idle
         self._parts.randomness.begin(run.step, rows, self.rank)
 
     def _joined(self, run: _Run) -> Any:

@@ -198,7 +198,9 @@ class _ConvolutionFunction(torch.autograd.Function):
 
         def pull(mask: list[bool]) -> Any:
             sizes = None if bias is None else list(bias.shape)
-            return aten.convolution_backward(gradient, input, weight.to(dtype), sizes, *how, mask)
+            # Only its shape counts for its own gradient; by then its memory may be gone (zero3).
+            used = weight.to(dtype) if mask[0] else torch.empty_like(weight, dtype=dtype)
+            return aten.convolution_backward(gradient, input, used, sizes, *how, mask)
 
         def work() -> None:
             _, of_weight, of_bias = pull([False, needs_weight, needs_bias])

@@ -9,12 +9,14 @@ relation.py, rules.py, relate.py (layers, shapes, reductions)
 axes.py, classes.py, choose.py                which dimensions belong together; which are cut
 split.py, rewrite.py, operation.py, nodes.py  the graph of one rank
 plan.py, cutting.py, counting.py              the plan, carried out; its bytes
+sequence.py                                   parts of sequences between cut layers
 vocabulary.py                                 cross-entropy of scores that are never gathered
 """
 
 from shoal.parallel.tensor.counting import comm_bytes, loss_bytes
 from shoal.parallel.tensor.cutting import apply, cut_model
-from shoal.parallel.tensor.plan import TensorPlan, plan
+from shoal.parallel.tensor.plan import TensorPlan, nothing, plan
+from shoal.parallel.tensor.sequence import cut_sequences
 from shoal.parallel.tensor.vocabulary import CutScores, gather_outputs, wrap
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "apply",
     "comm_bytes",
     "cut_model",
+    "cut_sequences",
     "gather_outputs",
     "loss_bytes",
+    "nothing",
     "plan",
     "wrap",
 ]

@@ -23,6 +23,11 @@ def graph_bytes(graph: Graph, rows: int, *, training: bool = True) -> dict[str, 
     """`comm_bytes` of a graph, which may be one segment's."""
     found: dict[str, int] = {}
     for node in graph.nodes:
+        for moved, late, shape in node.meta.get("moves", ()):
+            if training or not late:
+                sizes = [_at(number, rows) for number in shape]
+                bytes_moved = _product(sizes) * node.meta["val"].dtype.itemsize
+                found[moved] = found.get(moved, 0) + bytes_moved
         if "collective" not in node.meta:
             continue
         kind, backward = node.meta["collective"]

@@ -4,7 +4,7 @@ cut_model(made, model, rank)                         # in place, under all names
 mine = apply(made, traced, model, group)             # before or after, train or eval graph
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +50,23 @@ def apply(made: TensorPlan, traced: T, model: nn.Module, group: Group) -> T:
 
 @torch.no_grad()
 def cut_model(made: TensorPlan, model: nn.Module, rank: int) -> None:
-    """Leave in `model` this rank's part of each parameter and buffer, under all of its names."""
-    parts: dict[Tensor, Tensor] = {}
+    """Leave in `model` this rank's part of each parameter and buffer, under all of its names.
+
+    One after another, so that the whole ones need not be there beside all parts.
+    """
     names = {**_names(model.named_parameters()), **_names(model.named_buffers())}
-    for name in made.cuts:
-        whole = names[name]
-        mine = made.part(name, rank).take(whole.detach())
-        if isinstance(whole, nn.Parameter):
-            mine = nn.Parameter(mine, requires_grad=whole.requires_grad)
-        parts[whole] = mine
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
-                if value is not None and value in parts:
-                    store[key] = parts[value]  # type: ignore[assignment]
+                places.setdefault(id(value), []).append((store, key))
+    for name in made.cuts:
+        whole = names.pop(name)
+        mine = made.part(name, rank).take(whole.detach())
+        if isinstance(whole, nn.Parameter):
+            mine = nn.Parameter(mine, requires_grad=whole.requires_grad)
+        for store, key in places[id(whole)]:
+            store[key] = mine
 
 
 def _names(pairs: object) -> dict[str, Tensor]:

@@ -134,8 +134,17 @@ def plan(traced: Graphed, ranks: int, model: nn.Module) -> TensorPlan:
     cuts, alone = _with_single_weights(tried, analysis, cuts)
     named = {traced.state[name]: cut for name, cut in cuts.items()}
     reasons = _reasons(traced, trials, chosen, gains, shapes, ranks, alone)
-    nothing = () if named else ("nothing to cut: all parameters are whole on each rank",)
-    return TensorPlan(ranks, named, shapes, first_names, reasons, nothing)
+    warnings = () if named else (_NOTHING,)
+    return TensorPlan(ranks, named, shapes, first_names, reasons, warnings)
+
+
+def nothing(ranks: int, model: nn.Module) -> TensorPlan:
+    """The plan of a model whose operations are not known: all of it is whole, with a warning."""
+    shapes = {name: tuple(each.shape) for name, each in _tensors(model)}
+    return TensorPlan(ranks, {}, shapes, _first_names(model), warnings=(_NOTHING,))
+
+
+_NOTHING = "nothing to cut: all parameters are whole on each rank"
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -43,7 +43,10 @@ def persistent(
 ) -> Persistent:
     """What this rank keeps. ``running``: the module that computes, ``holding`` what is updated."""
     names = {p: name for name, p in holding.named_parameters()}
-    plain = [local_of(p) for p in running.parameters()]
+    pieces = dict(holding.named_parameters())
+    # Where a parameter has no memory between steps, its rows are in `holding` only.
+    own = {n: local_of(p if _is_here(p) else pieces[n]) for n, p in running.named_parameters()}
+    plain = list(own.values())
     parameters = _bytes([*plain, *holding.parameters()])
     gradients = [p.grad for p in [*holding.parameters(), *running.parameters()]]
     state = {
@@ -52,8 +55,7 @@ def persistent(
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
-    held = {name: local_of(p) for name, p in running.named_parameters()}
-    held |= {f"optimizer: {name}": value for name, value in state.items()}
+    held = own | {f"optimizer: {name}": value for name, value in state.items()}
     held |= dict(running.named_buffers())
     kept = sum(p.untyped_storage().nbytes() for p in _once(plain))
     needed = sum(p.numel() * p.element_size() for p in plain)
@@ -81,6 +83,11 @@ def _is_whole(name: str, tensor: Tensor, layout: Mapping[str, Part]) -> bool:
     owner = name.removeprefix("optimizer: ")
     part = layout[owner.rpartition("/")[0] if "/" in owner else owner]
     return tuple(tensor.shape) == part.global_shape or tuple(tensor.shape) != part.shape
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    local = local_of(parameter)
+    return not local.numel() or local.untyped_storage().nbytes() > 0
 
 
 def _once(tensors: Iterable[Tensor]) -> list[Tensor]:

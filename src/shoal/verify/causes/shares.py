@@ -1,4 +1,4 @@
-"""Why a strategy differs: each hypothesis is *computed* on one device and held against the ranks.
+"""How the losses of the shares are put together.
 
 With the losses of the shares of a batch, s_r (sums) and c_r (counts) of n_r examples on n ranks,
 
@@ -10,11 +10,10 @@ With the losses of the shares of a batch, s_r (sums) and c_r (counts) of n_r exa
     uneven rows left out         shares cut to the smallest
     local statistics             the shares run one by one through train-mode batch norm
 
-the gradient that a hypothesis gives is compared with what rank 0 had; the one that fits names the
-cause.
+the gradient that a hypothesis gives is compared with what the ranks had.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from shoal.errors import ShoalError
-from shoal.verify.certificate import Difference
-from shoal.verify.measure import errors
-from shoal.verify.record import Record, gradients_of, rows_of
+from shoal.verify.evidence import Evidence
+from shoal.verify.record import gradients_of, rows_of
 from shoal.verify.reference import Reference
-
-FITS = 1e-6  # a hypothesis explains a gradient that it gives to this relative error
 
 Pair = tuple[Tensor, Tensor]  # a share's sum of losses and its count
 Shares = tuple[tuple[int, int], ...]
@@ -36,24 +32,13 @@ Rule = Callable[[list[Pair]], Tensor]
 Hypothesis = Callable[[], dict[str, Tensor]]
 
 
-def likely_cause(
-    reference: Reference, first: Difference, mine: Record, theirs: Record, shares: Shares
-) -> str:
-    """The cause of the first difference, in words. Runs on rank 0, after the differing step."""
-    if first.kind in ("output", "loss", "gradient"):
-        for text, hypothesis in _hypotheses(reference, first.step, shares):
-            gradients = _computed(hypothesis)
-            if gradients is None:
-                continue
-            if _same(mine.tensors["gradient"], gradients) and not _same(
-                theirs.tensors["gradient"], gradients
-            ):
-                return text
-    return _by_kind(first, mine, theirs)
-
-
-def _same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return max(errors(mine, other).values(), default=0.0) <= FITS
+def of_shares(evidence: Evidence) -> str | None:
+    """The hypothesis about shares whose gradient the ranks have, in words."""
+    for text, hypothesis in _hypotheses(evidence.reference, evidence.step, evidence.shares):
+        gradients = _computed(hypothesis)
+        if gradients is not None and evidence.fits("gradient", gradients):
+            return text
+    return None
 
 
 def _computed(hypothesis: Hypothesis) -> dict[str, Tensor] | None:
@@ -150,11 +135,7 @@ def _gradient(reference: Reference, loss: Callable[[], Tensor]) -> dict[str, Ten
     try:
         value = loss()
         if value.requires_grad:
-            reference.backward(value)
-        if reference.workload.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(
-                reference.model.parameters(), reference.workload.clip_norm
-            )
+            reference.back(value)
         return gradients_of(reference.model)
     finally:
         reference.optimizer.zero_grad(set_to_none=True)
@@ -165,11 +146,9 @@ def _together(reference: Reference, step: int, batch: Any, shares: Shares) -> li
     """Each share's losses, from one forward of the whole batch."""
     examples = len(batch.rows)
     reference.begin(step, batch.rows)
-    outputs = reference.outputs(batch.inputs)
+    outputs = reference.forward(batch.inputs)
     return [
-        reference.workload.objective(
-            _rows(outputs, share, examples), _rows(batch.targets, share, examples)
-        )
+        reference.objective(_rows(outputs, share, examples), _rows(batch.targets, share, examples))
         for share in shares
     ]
 
@@ -181,34 +160,25 @@ def _one_by_one(reference: Reference, step: int, batch: Any, shares: Shares) -> 
     for share in shares:
         if share[1] > share[0]:
             reference.begin(step, batch.rows[slice(*share)])
-            outputs = reference.outputs(_rows(batch.inputs, share, examples))
+            outputs = reference.forward(_rows(batch.inputs, share, examples))
             targets = _rows(batch.targets, share, examples)
-            pairs.append(reference.workload.objective(outputs, targets))
+            pairs.append(reference.objective(outputs, targets))
     return pairs
+
+
+def gradient_of_rows(evidence: Evidence, rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """What some rows of the batch add to the right gradient: a forward pass for each range."""
+    reference, step = evidence.reference, evidence.step
+    batch, count = reference.batch(step), evidence.theirs.count or 1.0
+
+    def loss() -> Tensor:
+        pairs = _one_by_one(reference, step, batch, tuple(rows))
+        return torch.stack([loss for loss, _ in pairs]).sum() / count
+
+    return _gradient(reference, loss)
 
 
 def _rows(tree: Any, share: tuple[int, int], examples: int) -> Any:
     return tree_map(
         lambda leaf: rows_of(leaf, share, examples) if isinstance(leaf, Tensor) else leaf, tree
     )
-
-
-def _by_kind(first: Difference, mine: Record, theirs: Record) -> str:
-    """What the place of the first difference says, where no hypothesis fits."""
-    if mine.count != theirs.count:
-        return (
-            f"the ranks counted {mine.count:g} where one device counts {theirs.count:g}: part of "
-            "the batch was left out, read twice, or masked in another way"
-        )
-    return {
-        "output": "the forward pass differs: other weights, other inputs, other random numbers, "
-        "or a layer that looks across the batch",
-        "loss": "outputs agree and the loss does not: how the shares' losses are put together",
-        "gradient": "the loss agrees and a gradient does not: a sum over the wrong ranks, or a "
-        "layer whose backward pass misses the other replicas",
-        "buffer": "gradients agree and a buffer does not: running statistics were not updated "
-        "from the whole batch, or updated twice",
-        "parameter": "gradients agree and weights do not: weight decay, learning rate or the "
-        "optimizer's state differ",
-        "optimizer": "gradients agree and the optimizer's state does not",
-    }[first.kind]
