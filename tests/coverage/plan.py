@@ -22,6 +22,7 @@ STRATEGIES = (
 )  # fmt: skip
 
 
+EAGER = ("dp3", "dp2/zero1", "dp2/zero3")
 SLOW = ("resnet", "hf-")  # seconds to trace on each rank
 
 
@@ -39,5 +40,5 @@ def sample(
     cells = list(zip(cycle(quick), strategies, strict=False))
     dealt = {name for name, _ in cells}
     left = [name for name in models if name not in dealt]
-    eager = [each for each in strategies if "pp" not in each and "tp" not in each] or strategies
+    eager = [each for each in strategies if each in EAGER] or strategies
     return [*cells, *zip(left, cycle(eager), strict=False)]

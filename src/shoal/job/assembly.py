@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from shoal.errors import Refused
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
-from shoal.parallel.pipeline import StagedReplica, Staging, build_staged_replica
 from shoal.sync import Agreement, build_agreement
+
+if TYPE_CHECKING:
+    from shoal.parallel.pipeline import StagedReplica
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Job:
 
     groups: Groups
     workload: Workload
-    replica: Replica | StagedReplica
+    replica: "Replica | StagedReplica"
     agreement: Agreement
     optimizer: torch.optim.Optimizer
     next_step: int = 0
@@ -145,8 +147,11 @@ def _eager(groups: Groups, workload: Workload, execution: Execution, model: nn.M
 
 def _staged(
     groups: Groups, workload: Workload, execution: Execution, model: nn.Module
-) -> StagedReplica:
+) -> "StagedReplica":
     """The model traced, and cut between its layers or in them."""
+    # It brings torch.export with it: a second of a rank's start that most strategies do not need.
+    from shoal.parallel.pipeline import Staging, build_staged_replica
+
     return build_staged_replica(
         model.train(),
         workload.objective,

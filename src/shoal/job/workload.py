@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from shoal import data, learn, models
 from shoal.job.sharing import share_of
 from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
-from shoal.parallel.pipeline import StagedReplica
 from shoal.recipe import Recipe
 from shoal.strategy import Strategy
+
+if TYPE_CHECKING:
+    from shoal.parallel.pipeline import StagedReplica
 
 Metric = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
@@ -154,7 +156,7 @@ def workload_of(recipe: Recipe) -> Workload:
 
 
 def local_batch(
-    feed: Feed, step: int, rank: int, replica: Replica | StagedReplica, last_step: int
+    feed: Feed, step: int, rank: int, replica: "Replica | StagedReplica", last_step: int
 ) -> tuple[LocalBatch, Share]:
     """This rank's rows of a step, on the replica's device and in its precision; and all shares.
 

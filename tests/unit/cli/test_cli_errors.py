@@ -45,7 +45,7 @@ def command(tmp_path, monkeypatch, capfd):
         (["r.yaml", "--set", "nonsense"], "nonsense"),
         (["r.yaml", "--strategy", "dp3"], "dp3 on a batch of 2: at most dp2"),
         (["r.yaml", "--strategy", "dq2"], "Did you mean dp2?"),
-        (["r.yaml", "--strategy", "tp2"], "not in this version yet"),
+        (["r.yaml", "--strategy", "cp2"], "not in this version yet"),
         (["r.yaml", "--set", "data.train=empty"], "the folder empty holds no class folders"),
         (["r.yaml", "--set", "data.train=./gone"], "gone"),
         (["r.yaml", "--set", "model.classes=4"], "outside 0..3"),

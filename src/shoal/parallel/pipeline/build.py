@@ -24,8 +24,9 @@ from shoal.parallel.pipeline.describing import of_tensors
 from shoal.parallel.pipeline.forms import Forms
 from shoal.parallel.pipeline.links import Links
 from shoal.parallel.pipeline.norms import batch_norms, refuse_written_buffers, use_group_norms
+from shoal.parallel.pipeline.parts import Parts
 from shoal.parallel.pipeline.placing import tensors_of
-from shoal.parallel.pipeline.replica import Parts, StagedReplica
+from shoal.parallel.pipeline.replica import StagedReplica
 from shoal.parallel.pipeline.tied import Tied
 from shoal.parallel.pipeline.weights import Later, split_weights
 from shoal.parallel.randomness import StepKey, use_counted_randomness

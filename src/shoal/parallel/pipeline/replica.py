@@ -11,90 +11,36 @@ divided by the examples of the global batch, which all know beforehand, so that 
 up to the step's. Microbatches without rows are left out by all stages alike.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shoal.comm import Groups, Pending
-from shoal.errors import NoGradient, Refused, ShoalError
+from shoal.comm import Pending
+from shoal.errors import Refused
 from shoal.layout import Part
-from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.microbatches import LocalBatch, Share
-from shoal.parallel.pipeline.completion import Completion
-from shoal.parallel.pipeline.forms import Form, Forms
-from shoal.parallel.pipeline.links import Links, Message
+from shoal.parallel.pipeline.links import Message
 from shoal.parallel.pipeline.microbatches import cut_groups, cut_rows, run_by, run_together
 from shoal.parallel.pipeline.outputs import join
-from shoal.parallel.pipeline.tied import Tied
-from shoal.parallel.pipeline.weights import Later
-from shoal.parallel.randomness import StepKey
+from shoal.parallel.pipeline.parts import (
+    Kept,
+    Parts,
+    StepRun,
+    named,
+    no_gradient,
+    run_chunk,
+    shapes_of,
+    some_rows,
+)
 from shoal.parallel.replica import (
-    Numerics,
-    Objective,
     Start,
     call_objective,
     each_tensor,
-    user_error,
 )
 from shoal.parallel.tensor import TensorPlan, gather_outputs, wrap
-from shoal.parallel.zero import GatheredRows, States
-from shoal.schedule import Action, Table
-
-Values = dict[str, Tensor]
-
-
-@dataclass
-class Parts:
-    """What a staged replica is made of. See `build_staged_replica`."""
-
-    model: nn.Module
-    objective: Objective
-    numerics: Numerics
-    groups: Groups
-    table: Table
-    forms: Forms
-    links: Links
-    batch_groups: BatchGroups
-    randomness: StepKey
-    later: Later
-    tied: Tied
-    completion: Completion
-    cut: dict[str, Part]  # of the tensors that tensor parallelism has cut
-    states: States
-    rows: GatheredRows | None  # zero2 and zero3: what the stages gather from
-    about: tuple[str, ...]  # what is cut and why, in words
-    has_norms: bool
-    plan: TensorPlan | None  # of tensor parallelism
-    parameters: int
-
-
-@dataclass
-class _Kept:
-    """Of one stage and microbatch, from its forward to its backward."""
-
-    received: list[Tensor | None]
-    given: list[Tensor]
-
-
-@dataclass
-class _Run:
-    """A step, or a forward pass alone, in progress."""
-
-    batch: LocalBatch
-    step: int
-    counts: bool  # whether the rows have any weight, see `Share`
-    divisor: float
-    pieces: dict[int, slice]  # the microbatches that are run, and their rows
-    idle: frozenset[int] = frozenset()  # of these, those that only stand in, without weight
-    last: frozenset[Action] = frozenset()  # each stage's last action of this rank
-    forms: dict[int, Form] = field(default_factory=dict)
-    inputs: dict[int, Values] = field(default_factory=dict)
-    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
-    outputs: dict[int, list[Tensor]] = field(default_factory=dict)
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+from shoal.schedule import Action
 
 
 class StagedReplica:
@@ -202,7 +148,7 @@ class StagedReplica:
         assert totals is not None  # a rank has a stage, and a step a microbatch
         return totals.wait()
 
-    def _do(self, run: _Run, action: Action) -> None:
+    def _do(self, run: StepRun, action: Action) -> None:
         kind, stage, microbatch = action
         last = action in run.last
         if kind == "F":
@@ -217,26 +163,26 @@ class StagedReplica:
             if self._parts.rows is not None:
                 self._parts.rows.settle((stage, microbatch), last=last)
 
-    def _forward(self, run: _Run, stage: int, microbatch: int) -> None:
+    def _forward(self, run: StepRun, stage: int, microbatch: int) -> None:
         chunk = run.forms[microbatch].chunks[stage]
         links = self._parts.links
         received = links.receive(Message("F", stage - 1, microbatch)) if stage else []
         self._enter(run, microbatch)
-        values = run.inputs[microbatch] | _named(chunk.takes, received)
+        values = run.inputs[microbatch] | named(chunk.takes, received)
         with self._products():
-            live = _call(chunk, values)
+            live = run_chunk(chunk, values)
             if stage == self.table.stages - 1:
                 outputs = [live[name] for name in chunk.outputs]
                 given = [self._loss(run, microbatch, outputs)]
             else:
                 given = [live[name] for name in chunk.gives]
                 links.send(Message("F", stage, microbatch), given)
-        run.kept[stage, microbatch] = _Kept(received, given)
+        run.kept[stage, microbatch] = Kept(received, given)
 
-    def _loss(self, run: _Run, microbatch: int, outputs: list[Tensor]) -> Tensor:
+    def _loss(self, run: StepRun, microbatch: int, outputs: list[Tensor]) -> Tensor:
         """The loss of a microbatch ÷ the global batch's examples; its sums are noted."""
         rows, piece = len(run.batch.rows), run.pieces[microbatch]
-        targets = each_tensor(lambda leaf: _some(leaf, piece, rows), run.batch.targets)
+        targets = each_tensor(lambda leaf: some_rows(leaf, piece, rows), run.batch.targets)
         traced, group = run.forms[microbatch].traced, self._parts.groups.tensor
         seen = wrap(outputs, traced, group) if traced.cut_outputs else outputs
         whole = traced.rebuild(seen)
@@ -244,7 +190,7 @@ class StagedReplica:
         if not run.counts or microbatch in run.idle:
             total, count = total * 0.0, count * 0.0
         if not total.requires_grad:
-            raise _no_gradient(run.step)
+            raise no_gradient(run.step)
         if self._parts.groups.tensor.rank == 0:
             run.sums += torch.stack((total.detach().double(), count.detach().double())).cpu()
         if self._captures and microbatch not in run.idle:
@@ -252,7 +198,7 @@ class StagedReplica:
             run.outputs[microbatch] = self._whole(run, microbatch, kept)
         return total / run.divisor
 
-    def _backward(self, run: _Run, stage: int, microbatch: int) -> None:
+    def _backward(self, run: StepRun, stage: int, microbatch: int) -> None:
         """The backward pass, without the gradients of weights that are computed later."""
         kept = run.kept.pop((stage, microbatch))
         links, parts = self._parts.links, self._parts
@@ -331,14 +277,14 @@ class StagedReplica:
         self._parts.links.finish()
         return self._joined(run)
 
-    def _evaluate(self, run: _Run, stage: int, microbatch: int) -> None:
+    def _evaluate(self, run: StepRun, stage: int, microbatch: int) -> None:
         chunk = run.forms[microbatch].chunks[stage]
         links = self._parts.links
         received = links.receive(Message("F", stage - 1, microbatch)) if stage else []
         self._enter(run, microbatch)
-        values = run.inputs[microbatch] | _named(chunk.takes, received)
+        values = run.inputs[microbatch] | named(chunk.takes, received)
         with self._products():
-            live = _call(chunk, values)
+            live = run_chunk(chunk, values)
         if stage == self.table.stages - 1:
             outputs = [live[name] for name in chunk.outputs]
             if microbatch not in run.idle:
@@ -346,7 +292,7 @@ class StagedReplica:
         else:
             links.send(Message("F", stage, microbatch), [live[name] for name in chunk.gives])
 
-    def _whole(self, run: _Run, microbatch: int, outputs: list[Tensor]) -> list[Tensor]:
+    def _whole(self, run: StepRun, microbatch: int, outputs: list[Tensor]) -> list[Tensor]:
         """Outputs that every tensor rank has all of."""
         traced = run.forms[microbatch].traced
         if not traced.cut_outputs:
@@ -355,7 +301,7 @@ class StagedReplica:
 
     # ---- rows
 
-    def _begin(self, batch: LocalBatch, step: int, share: Share, *, training: bool) -> _Run:
+    def _begin(self, batch: LocalBatch, step: int, share: Share, *, training: bool) -> StepRun:
         """Cut the batch, and have the forms that its microbatches need."""
         parts, rows = self._parts, len(batch.rows)
         parts.batch_groups.begin(batch.rows, share.batch_examples, list(share.shares))
@@ -364,7 +310,7 @@ class StagedReplica:
         if parts.rows is not None:
             of_each = [self._pieces(torch.arange(*reads), training) for reads in share.shares]
             pieces, runs, idle = run_together(pieces, [run_by(each) for each in of_each])
-        run = _Run(
+        run = StepRun(
             batch,
             step,
             not share.is_empty(self.rank),
@@ -380,11 +326,11 @@ class StagedReplica:
                 "× a whole number), or mb:1.",
             )
         for number, piece in run.pieces.items():
-            inputs = each_tensor(lambda leaf, p=piece: _some(leaf, p, rows), batch.inputs)  # type: ignore[misc]
+            inputs = each_tensor(lambda leaf, p=piece: some_rows(leaf, p, rows), batch.inputs)  # type: ignore[misc]
             size = piece.stop - piece.start
             run.forms[number] = form = parts.forms.of(training=training, inputs=inputs, rows=size)
             run.inputs[number] = form.named(inputs)
-        keys = {m: (training, _shapes(values)) for m, values in run.inputs.items()}
+        keys = {m: (training, shapes_of(values)) for m, values in run.inputs.items()}
         parts.links.begin(keys, backward=training)
         return run
 
@@ -398,7 +344,7 @@ class StagedReplica:
             return cut_groups(groups, self.table.microbatches)
         return cut_rows(len(positions), self.table.microbatches)
 
-    def _enter(self, run: _Run, microbatch: int) -> None:
+    def _enter(self, run: StepRun, microbatch: int) -> None:
         """What follows is about these rows, for batch statistics and random choices."""
         rows = run.batch.rows[run.pieces[microbatch]]
         if len(run.pieces) > 1:
@@ -406,7 +352,7 @@ class StagedReplica:
             self._parts.batch_groups.stands_in = not run.counts or microbatch in run.idle
         self._parts.randomness.begin(run.step, rows, self.rank)
 
-    def _joined(self, run: _Run) -> Any:
+    def _joined(self, run: StepRun) -> Any:
         """The model's outputs of all microbatches as one; None where this rank has none."""
         if not run.outputs:
             return None
@@ -416,38 +362,3 @@ class StagedReplica:
             tensors = [tensor[:0] if tensor.dim() else tensor for tensor in tensors]
         first = run.forms[min(run.outputs)]
         return first.traced.rebuild(tensors)
-
-
-def _call(chunk: Callable[[Values], Values], values: Values) -> Values:
-    """Run a stage; errors say whose they are."""
-    try:
-        return chunk(values)
-    except ShoalError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise user_error("the model's forward", error) from error
-
-
-def _named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Values:
-    """Live values, which are all there, by their names."""
-    pairs = zip(names, tensors, strict=True)
-    return {name: tensor for name, tensor in pairs if tensor is not None}
-
-
-def _some(leaf: Tensor, piece: slice, rows: int) -> Tensor:
-    return leaf[piece] if leaf.dim() and leaf.shape[0] == rows else leaf
-
-
-def _shapes(values: Values) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in values.values())
-
-
-def _no_gradient(step: int) -> NoGradient:
-    return NoGradient(
-        "the objective's result has no gradient: no parameter can learn from it",
-        hint="Something in the model or the objective cuts the graph: argmax, .detach(), "
-        ".item(), torch.no_grad(), or a comparison. A count of errors is a metric; train "
-        "on a loss that changes smoothly with the outputs (cross_entropy, mse).",
-        step=step,
-        phase="backward",
-    )
