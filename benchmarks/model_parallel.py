@@ -120,6 +120,8 @@ def build(model: str) -> Any:
     from shoal.models import ResNet, ResNetOptions
 
     shape = {"width": 16, "classes": 10, "in_channels": 1, "stem": "small", "norm": "group"}
+    if model == "separable":
+        return ResNet(ResNetOptions(50, conv="depthwise_separable", **shape))
     return ResNet(ResNetOptions(18, **shape))
 
 
@@ -242,7 +244,7 @@ def by_hand(case: Case, group: Any, cut: int) -> Callable[[int], float | None]:
     def step(number: int) -> float | None:
         inputs, targets = data[number % len(data)]
         loss = program(inputs[rows], targets[rows])
-        return None if loss is None else float(loss)  # Shoal reads it at each step as well
+        return None if loss is None else float(loss.detach())  # Shoal reads it at each step as well
 
     return step
 

@@ -34,6 +34,7 @@ QUESTIONS = (
     "overheads",
     "memory",
     "model_parallel",
+    "bubble",
 )
 
 

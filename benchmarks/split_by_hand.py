@@ -167,6 +167,6 @@ def pipelined(
         else:
             plan.step(inputs)
         optimizer.step()
-        return torch.stack(losses).mean() if losses else None
+        return torch.stack(losses).mean().detach() if losses else None
 
     return step
