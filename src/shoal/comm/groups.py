@@ -127,13 +127,19 @@ class Group:
         self._count("send", purpose, tensor)
         with peer_failures():
             work = dist.isend(tensor, group=self.process_group, group_dst=to)
-        return Pending(tensor, work)  # gloo's sends have no future that could tell their end
+        return Pending(tensor, work)
 
     def receive(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
         """Fill `tensor`, contiguous, with what the group's rank `source` sends; returns it."""
         with self._waiting(purpose):
             dist.recv(tensor, group=self.process_group, group_src=source)
         return tensor
+
+    def receive_later(self, tensor: Tensor, source: int) -> Pending:
+        """Start to fill `tensor`, as `receive`: sends and receives meet in the order of both."""
+        with peer_failures():
+            work = dist.irecv(tensor, group=self.process_group, group_src=source)
+        return Pending(tensor, work, self.counter, tells_its_end=False)
 
     def broadcast(self, tensor: Tensor, source: int, purpose: Purpose) -> Tensor:
         """Give every rank `source`'s values, in place; returns the tensor."""

@@ -28,6 +28,8 @@ class Pending:
         work: Any = None,
         counter: Counter | None = None,
         finish: Callable[[], None] | None = None,
+        *,
+        tells_its_end: bool = True,
     ) -> None:
         self._tensor = tensor
         self._work = work
@@ -35,7 +37,8 @@ class Pending:
         self._finish = finish
         self.began = time.perf_counter()
         self.ended: float | None = None
-        if work is not None and counter is not None:
+        # gloo's sends and receives have no future.
+        if work is not None and counter is not None and tells_its_end:
             work.get_future().add_done_callback(self._done)
 
     def _done(self, _future: object) -> None:

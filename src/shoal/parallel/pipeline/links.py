@@ -13,7 +13,8 @@ A message is some tensors, or None for one that is not there (a value that no lo
 gradient). Types, shapes and strides are sent ahead of the first message of each (direction, stage,
 key), and kept by both sides: a microbatch's key is what they depend on, the shapes of the model's
 inputs above all. Between two ranks messages arrive in the order in which they were sent, which the
-table says; one that is not needed yet is kept.
+table says; one that is not needed yet is kept. The next one from each rank is received beside the
+computation: gloo moves nothing until the receiver has asked for it.
 """
 
 import json
@@ -30,6 +31,7 @@ from shoal.errors import RunError
 from shoal.schedule import Action, Table
 
 Tensors: TypeAlias = list[Tensor | None]
+Arriving: TypeAlias = tuple["Message", Tensors, list[Pending]]
 
 
 class Message(NamedTuple):
@@ -69,6 +71,7 @@ class Links:
         self._keys: Mapping[int, Hashable] = {}
         self._coming: dict[int, deque[Message]] = {}
         self._here: dict[Message, Tensors] = {}
+        self._arriving: dict[int, Arriving] = {}
         self._sending: dict[int, list[tuple[int, Pending]]] = {}
         self._places = [{action: i for i, action in enumerate(row)} for row in table.rows]
 
@@ -83,6 +86,8 @@ class Links:
                 mine = to == self._group.rank != rank and action.microbatch in keys
                 if message is not None and mine and (backward or message.kind == "F"):
                     self._coming[rank].append(message)
+        for source in self._coming:
+            self._ask_ahead(source)
 
     def _message(self, action: Action) -> tuple[Message | None, int]:
         """What is sent after an action, and to which rank."""
@@ -128,7 +133,7 @@ class Links:
     def _specs(
         self, message: Message, tensors: Sequence[Tensor | None], to: int
     ) -> list[Spec | None]:
-        place = (message.kind, message.stage, self._keys[message.microbatch])
+        place = self._place(message)
         known = self._known.get(place)
         if known is None:
             specs = [None if tensor is None else Spec.of(tensor) for tensor in tensors]
@@ -156,24 +161,42 @@ class Links:
         """The tensors of a message, once they are there."""
         source = self._table.rank_of(message.stage)
         while message not in self._here:
-            coming = self._coming[source].popleft()
-            self._here[coming] = self._read(coming, source)
+            coming, tensors, pending = self._arriving.pop(source, None) or self._ask(source)
+            self._ask_ahead(source)
+            for each in pending:
+                each.wait()
+            for spec, tensor in zip(self._known[self._place(coming)], tensors, strict=True):
+                if spec is not None and tensor is not None:
+                    tensor.requires_grad_(spec.requires_grad)
+            self._here[coming] = tensors
             self._release(coming, source)
         return self._here.pop(message)
 
-    def _read(self, message: Message, source: int) -> Tensors:
-        place = (message.kind, message.stage, self._keys[message.microbatch])
+    def _place(self, message: Message) -> Hashable:
+        """What the shapes of a message depend on."""
+        return (message.kind, message.stage, self._keys[message.microbatch])
+
+    def _ask_ahead(self, source: int) -> None:
+        """Begin to receive the message after, if it is known what it will be."""
+        # NCCL does one thing after another between two ranks: what is sent would wait for it.
+        known = self._coming[source] and self._place(self._coming[source][0]) in self._known
+        if known and self._device.type == "cpu":
+            self._arriving[source] = self._ask(source)
+
+    def _ask(self, source: int) -> Arriving:
+        """Begin to receive the next message from a rank."""
+        message = self._coming[source].popleft()
+        place = self._place(message)
         if place not in self._known:
             self._known[place] = self._hear(source)
-        found: Tensors = []
+        tensors: Tensors = []
+        pending = []
         for spec in self._known[place]:
             tensor = None if spec is None else spec.empty(self._device)
-            if spec is not None and tensor is not None:
-                if tensor.numel():
-                    self._group.receive(_flat(tensor, spec), source, "activation")
-                tensor.requires_grad_(spec.requires_grad)
-            found.append(tensor)
-        return found
+            if spec is not None and tensor is not None and tensor.numel():
+                pending.append(self._group.receive_later(_flat(tensor, spec), source))
+            tensors.append(tensor)
+        return message, tensors, pending
 
     def _hear(self, source: int) -> list[Spec | None]:
         length = torch.zeros(1, dtype=torch.int64, device=self._device)
