@@ -104,7 +104,7 @@ def test_the_first_failure_is_the_one_that_is_raised():
     assert caught.value.rank == 1
     assert "test_faults_launch.py" in caught.value.hint
     assert "Traceback" in caught.value.traceback
-    assert gone_within(processes, 1)
+    assert gone_within(processes, 20)
     assert not ranks.alive
 
 
@@ -117,7 +117,7 @@ def test_ranks_that_wait_are_ended_when_one_fails():
     began = time.monotonic()
     with Ranks(2) as ranks, pytest.raises(ShoalError, match="mine"):
         ranks.call(fail_or_wait)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def test_a_rank_that_leaves_without_a_word(end, said):
 def test_a_rank_whose_child_lives_on_is_missed_all_the_same():
     def leave_a_child(context):
         if os.fork() == 0:
-            time.sleep(5)
+            time.sleep(40)
             os._exit(0)
         os._exit(7)
 
     began = time.monotonic()
     with Ranks(1) as ranks, pytest.raises(RankLost, match="exit status 7"):
         ranks.call(leave_a_child)
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 30
 
 
 def test_what_cannot_be_carried_is_named():
@@ -214,7 +214,7 @@ def test_a_signal_may_end_a_call():
     processes = ranks.process_ids
     with ranks, pytest.raises(Stopped, match="ended by SIGTERM"):
         ranks.call(wait, on_message=once(lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert gone_within(processes, 1)
+    assert gone_within(processes, 20)
 
 
 def test_a_second_signal_leaves_with_128_and_its_number():
@@ -231,7 +231,7 @@ def test_a_second_signal_leaves_with_128_and_its_number():
     with ranks, pytest.raises(SystemExit) as caught:
         ranks.call(deaf, on_message=once(twice), on_signal="pass on")
     assert caught.value.code == 130
-    assert gone_within(processes, 1)
+    assert gone_within(processes, 20)
 
 
 def test_in_another_thread_it_works_and_hears_nothing():

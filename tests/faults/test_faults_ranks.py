@@ -50,7 +50,7 @@ def test_a_killed_rank_ends_the_run_in_few_words_and_leaves_nothing(shoal):
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     done = running.finish()
-    assert time.monotonic() - killed < 10
+    assert time.monotonic() - killed < 100  # the other rank's patience is 600
     assert done.status == 3
     said = [line for line in done.errors.splitlines() if "SIGKILL" in line]
     assert len(said) == 1
