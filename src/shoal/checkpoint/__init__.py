@@ -15,6 +15,7 @@ reader asks for any box of any tensor, whatever boxes it was saved in. Nothing i
     weight = newest.read("fc.weight", Slice((10, 64), (0, 0), (5, 64)))
 """
 
+from shoal.checkpoint import replicas
 from shoal.checkpoint.background import Background
 from shoal.checkpoint.copies import Copies
 from shoal.checkpoint.exporting import Exported, export
@@ -49,5 +50,6 @@ __all__ = [
     "list_checkpoints",
     "newest_valid",
     "prune",
+    "replicas",
     "save",
 ]

@@ -9,7 +9,7 @@ of rank 0         tensor 0 1    data 0 2    pipeline 0 4    model 0 1 4 5    wor
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, Self
@@ -176,6 +176,9 @@ class Groups:
     that keep one part of the model in pieces between them (ZeRO), ``copies`` those that hold the
     same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks
     over connections for the thread that saves while the others are in use: host memory only.
+    ``between`` are the ranks with the same place in each replica, where replicas have weights of
+    their own for a while, and ``inner`` the groups within one replica, as if it were alone; None
+    where they agree at every step.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.
     """
@@ -190,13 +193,25 @@ class Groups:
     model: Group = field(default_factory=lambda: Group(0, 1))
     shard: Group = field(default_factory=lambda: Group(0, 1))
     copies: Group = field(default_factory=lambda: Group(0, 1))
+    between: Group = field(default_factory=lambda: Group(0, 1))
+    inner: "Groups | None" = None
     transport: str = "none"
     reason: str | None = None
+
+    @property
+    def within(self) -> "Groups":
+        """The groups that a replica computes with."""
+        return self if self.inner is None else self.inner
 
     @property
     def speaks(self) -> bool:
         """Whether this rank is the one that counts for its replica, where one of them has to."""
         return self.model.rank == 0
+
+    def carried_by(self, transport: str, reason: str | None = None) -> "Groups":
+        """The same, with what carries their collectives, and why."""
+        inner = None if self.inner is None else self.inner.carried_by(transport, reason)
+        return replace(self, transport=transport, reason=reason, inner=inner)
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Self:
@@ -215,6 +230,7 @@ class Groups:
         *,
         axes: Axes = (),
         shards: int | None = None,
+        apart: bool = False,
         transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> "Groups":
@@ -222,7 +238,8 @@ class Groups:
 
         ``axes``: a strategy's (name, degree), outermost first; without any all are replicas.
         ``shards``: how many ranks of the data axis, next to one another, are a shard group; None
-        for all of them.
+        for all of them. ``apart``: whether replicas (shard groups, if there are any) have weights
+        of their own for a while.
         ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
         CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
         shared memory that was asked for.
@@ -233,13 +250,13 @@ class Groups:
         timeout = timedelta(seconds=timeout_s)
         place = open_store(store, rank, world_size, timeout)
         mesh = Mesh(axes or (("dp", world_size),)).with_shards(shards)
-        member = _Member(rank, mesh, PrefixStore(generation, place), timeout)
+        member = _Member(rank, mesh, PrefixStore(generation, place), timeout, apart)
         with peer_failures():
             reason = _why_not_shared(transport, device)
             if reason is None:
                 try:
                     made = member.groups(shared_memory.BACKEND, device)
-                    return replace(made, transport=_carrier(made.world))
+                    return made.carried_by(_carrier(made.world))
                 except CannotShare as error:
                     reason = str(error)
             if transport == "shared_memory":
@@ -253,7 +270,7 @@ class Groups:
             made = member.groups(backend, device)
         carrier = "nccl" if device.type == "cuda" else "gloo"
         told = reason if transport == "auto" and device.type == "cpu" else None
-        return replace(made, transport=carrier, reason=told)
+        return made.carried_by(carrier, told)
 
     def close(self) -> None:
         """Leave the groups. Collective."""
@@ -269,6 +286,7 @@ class _Member:
     mesh: Mesh
     meeting: PrefixStore
     timeout: timedelta
+    apart: bool = False
 
     def groups(self, backend: str, device: torch.device) -> Groups:
         """Every group of this rank.
@@ -294,7 +312,7 @@ class _Member:
 
         cut = any(name == "shard" for name, _ in self.mesh.axes)
         try:
-            return Groups(
+            made = Groups(
                 world=world,
                 statistics=group(("dp", "shard"), own=True),
                 checkpoint=self._group([everyone], for_saving, world, own=True),
@@ -306,9 +324,24 @@ class _Member:
                 model=group(("pp", "tp")),
                 device=device,
             )
+            return self._apart(made, group, cut=cut) if self.apart else made
         except CannotShare:
             dist.destroy_process_group()
             raise
+
+    def _apart(self, made: Groups, group: Callable[..., Group], *, cut: bool) -> Groups:
+        """With the groups within a replica. Collective over all ranks."""
+        alone = Group(0, 1, None, made.world.counter, (self.rank,))
+        shard = made.shard if cut else alone
+        inner = replace(
+            made,
+            world=group(("pp", "shard", "tp")),
+            data=shard,
+            shard=shard,
+            statistics=group(("shard",), own=True) if cut else alone,
+            copies=alone,
+        )
+        return replace(made, between=made.copies if cut else made.data, inner=inner)
 
     def _group(
         self, parts: Iterable[tuple[int, ...]], backend: str, world: Group, *, own: bool

@@ -14,8 +14,9 @@
     readers.py     pixels by example number, from memory or from files
     transforms.py  resize, augment, normalise a batch
     feed.py        steps and ranges
+    members.py     the same for models that learn apart
 
-`batch.py` and the last three need torch, which is imported when `open_feed`, `Feed` or `Batch` is
+`batch.py` and the last four need torch, which is imported when `open_feed`, `Feed` or `Batch` is
 asked for.
 """
 
@@ -28,6 +29,7 @@ from shoal.data.sources import KNOWN_NAMES, Description, locate
 if TYPE_CHECKING:
     from shoal.data.batch import BadRecord, Batch
     from shoal.data.feed import Feed, open_feed
+    from shoal.data.members import Member, MemberFeed
 
 __all__ = [
     "KNOWN_NAMES",
@@ -35,6 +37,8 @@ __all__ = [
     "Batch",
     "Description",
     "Feed",
+    "Member",
+    "MemberFeed",
     "check_labels",
     "describe",
     "evaluation_spec",
@@ -54,4 +58,8 @@ def __getattr__(name: str) -> Any:
         from shoal.data import feed
 
         return getattr(feed, name)
+    if name in ("Member", "MemberFeed"):
+        from shoal.data import members
+
+        return getattr(members, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

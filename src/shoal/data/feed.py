@@ -27,11 +27,14 @@ from shoal.data.readers import Decoded, FileReader, MemoryReader, Reader
 from shoal.data.resolve import described
 from shoal.data.sources import Arrays, Description, Files, Images, locate
 from shoal.data.sources.base import highest_label
+from shoal.data.splits import held_out
+from shoal.data.splits import tenth as a_tenth
 from shoal.data.transforms import Pipeline, as_they_are
 from shoal.errors import BadExample, DataMissing
 from shoal.recipe import SourceSpec
 
 OnBadExample = Literal["raise", "skip"]
+Tenth = Literal["included", "left out", "only"]
 # (what was read, the examples' ids, epoch) -> what the model gets
 Prepare = Callable[[torch.Tensor, NDArray[np.int64], int], torch.Tensor]
 
@@ -46,7 +49,7 @@ class Reading(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    key: tuple[int, int, int]
+    ids: NDArray[np.int64]
     pending: Sequence[Future[Decoded]]
 
 
@@ -89,20 +92,27 @@ class Feed:
     """
 
     def __init__(
-        self, description: Description, reader: Reader, prepare: Prepare, reading: Reading
+        self,
+        description: Description,
+        reader: Reader,
+        prepare: Prepare,
+        reading: Reading,
+        among: NDArray[np.int64] | None = None,
     ) -> None:
         self.description = description
         self.batch_size = reading.batch_size
+        self.seed = reading.seed
+        self._among = among
         self._reading = reading
         self._reader = reader
         self._prepare = prepare
-        self._order = _Order(description.examples, reading.seed)
+        self._order = _Order(self.examples, reading.seed)
         self._ahead: _Ahead | None = None
 
     @property
     def examples(self) -> int:
         """How many examples an epoch has."""
-        return self.description.examples
+        return self.description.examples if self._among is None else len(self._among)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -137,10 +147,21 @@ class Feed:
         ``Batch.bad``; the others keep their rows and ids. An empty range gives tensors of 0 rows.
         """
         epoch, ids = self._ids(step, start, stop)
-        decoded = self._take(step, start, stop, ids)
+        return self._read(ids, epoch, step, start)
+
+    def read_examples(self, places: NDArray[np.int64], epoch: int, step: int, first: int) -> Batch:
+        """These examples of the set, in this order, as rows `first` and on of a step's batch."""
+        return self._read(self._examples(places), epoch, step, first)
+
+    def prefetch_examples(self, places: NDArray[np.int64]) -> None:
+        """As `prefetch`, of these examples of the set."""
+        self._prefetch(self._examples(places))
+
+    def _read(self, ids: NDArray[np.int64], epoch: int, step: int, first: int) -> Batch:
+        decoded = self._take(ids)
         if decoded.bad and self._reading.on_bad_example == "raise":
             raise _unreadable(decoded.bad, step)
-        rows = np.arange(start, stop)
+        rows = np.arange(first, first + len(ids))
         if decoded.bad:
             kept = ~np.isin(ids, [record.id for record in decoded.bad])
             ids, rows = ids[kept], rows[kept]
@@ -157,13 +178,14 @@ class Feed:
 
         What is held in memory needs none: nothing happens.
         """
-        key = (step, start, stop)
-        if self._ahead is not None and self._ahead.key == key:
+        self._prefetch(self._ids(step, start, stop)[1])
+
+    def _prefetch(self, ids: NDArray[np.int64]) -> None:
+        if self._is_ahead(ids):
             return
         self._drop_ahead()
-        _, ids = self._ids(step, start, stop)
         pending = self._reader.begin(ids)
-        self._ahead = _Ahead(key, pending) if pending else None
+        self._ahead = _Ahead(ids, pending) if pending else None
 
     def close(self) -> None:
         """End the threads. The feed can be read on: they start again."""
@@ -187,11 +209,18 @@ class Feed:
             raise IndexError(f"positions {start}..{stop} are not within the {size} of step {step}")
         first, last = place["position"] + start, place["position"] + stop
         if not self._reading.shuffle:
-            return place["epoch"], np.arange(first, last)
-        return place["epoch"], self._order.between(place["epoch"], first, last)
+            return place["epoch"], self._examples(np.arange(first, last))
+        return place["epoch"], self._examples(self._order.between(place["epoch"], first, last))
 
-    def _take(self, step: int, start: int, stop: int, ids: NDArray[np.int64]) -> Decoded:
-        if self._ahead is not None and self._ahead.key == (step, start, stop):
+    def _examples(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers in the split of examples among those that are read."""
+        return places if self._among is None else self._among[places]
+
+    def _is_ahead(self, ids: NDArray[np.int64]) -> bool:
+        return self._ahead is not None and np.array_equal(self._ahead.ids, ids)
+
+    def _take(self, ids: NDArray[np.int64]) -> Decoded:
+        if self._ahead is not None and self._is_ahead(ids):
             pending, self._ahead = self._ahead.pending, None
             return self._reader.finish(pending)
         return self._reader.fetch(ids)
@@ -209,8 +238,12 @@ def open_feed(
     seed: int,
     shuffle: bool,
     on_bad_example: OnBadExample = "raise",
+    tenth: Tenth = "included",
 ) -> Feed:
     """Open a split for reading; ``shuffle``, for training, orders by (seed, epoch) and augments.
+
+    ``tenth``: a fixed tenth of the split, with the classes' proportions, may be "left out", or be
+    all that is read ("only"): what models are chosen on that have not been trained on it.
 
     Raises DataMissing for a source that is not there or is damaged, and for a transform of images
     where there are none.
@@ -228,7 +261,16 @@ def open_feed(
         reader = MemoryReader(loaded)
     prepare = _preparation(spec, loaded, about, seed if shuffle else None)
     reading = Reading(batch_size, seed, shuffle, on_bad_example)
-    return Feed(about, reader, prepare, reading)
+    return Feed(about, reader, prepare, reading, _among(loaded.labels, tenth))
+
+
+def _among(labels: NDArray[np.int64], tenth: Tenth) -> NDArray[np.int64] | None:
+    """Which examples are read; None for all."""
+    if tenth == "included":
+        return None
+    kinds = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
+    held = held_out(kinds, a_tenth(len(kinds)))
+    return np.flatnonzero(held if tenth == "only" else ~held)
 
 
 def _preparation(

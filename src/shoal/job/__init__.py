@@ -18,14 +18,15 @@ from shoal.job.resolve import Resolved, resolve
 if TYPE_CHECKING:
     from shoal.job.assembly import Job, assemble
     from shoal.job.before import check_before_start
-    from shoal.job.sharing import share_of, shares
-    from shoal.job.workload import Execution, Feed, Workload, local_batch, workload_of
+    from shoal.job.sharing import Feed, ReplicaFeed, share_of, shares
+    from shoal.job.workload import Execution, Workload, local_batch, workload_of
 
 __all__ = [
     "Execution",
     "Feed",
     "Job",
     "Remembered",
+    "ReplicaFeed",
     "Resolved",
     "Workload",
     "as_begun",
@@ -43,8 +44,8 @@ __all__ = [
 _HOMES = {
     "assembly": ("Job", "assemble"),
     "before": ("check_before_start",),
-    "sharing": ("share_of", "shares"),
-    "workload": ("Execution", "Feed", "Workload", "local_batch", "workload_of"),
+    "sharing": ("Feed", "ReplicaFeed", "share_of", "shares"),
+    "workload": ("Execution", "Workload", "local_batch", "workload_of"),
 }
 
 

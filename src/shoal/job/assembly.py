@@ -13,10 +13,13 @@ from shoal.checkpoint import Checkpoint
 from shoal.checkpoint.optimizer_state import restore
 from shoal.comm import Groups
 from shoal.errors import Refused
+from shoal.job.sharing import Feed, ReplicaFeed, shares
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
-from shoal.sync import Agreement, build_agreement
+from shoal.strategy import Agreement as Way
+from shoal.strategy import Solo
+from shoal.sync import Agreement, Meetings, Setting, build_agreement, build_meetings
 
 if TYPE_CHECKING:
     from shoal.parallel.pipeline import StagedReplica
@@ -33,6 +36,9 @@ class Job:
     optimizer: torch.optim.Optimizer
     next_step: int = 0
     group_names: tuple[tuple[str, ...], ...] = ()  # of the optimizer's groups, over all ranks
+    feed: Feed | None = None  # what the replica reads, if that is not the workload's global batch
+    evaluation: Feed | None = None  # likewise
+    meetings: Meetings | None = None  # of replicas that have weights of their own for a while
     warnings: tuple[str, ...] = ()  # what whoever started the run should know
 
     @property
@@ -53,8 +59,12 @@ class Job:
     def read(self, step: int) -> tuple[LocalBatch, Share]:
         """This rank's rows of a training step, and who has the others."""
         work = self.workload
-        last = work.total_steps - 1
-        return local_batch(work.feed, step, self.groups.data.rank, self.replica, last)
+        feed, last = self.feed or work.feed, work.total_steps - 1
+        return local_batch(feed, step, self.groups.within.data.rank, self.replica, last)
+
+    def own_examples(self, step: int) -> int:
+        """How many examples of a step this replica has for itself; all of them, where all agree."""
+        return (self.feed or self.workload.feed).batch_examples(step)
 
     def set_learning_rate(self, step: int) -> float:
         """Set the rate of `step` from the share of samples seen by its middle.
@@ -115,19 +125,51 @@ def assemble(
         for group in optimizer.param_groups:
             group["params"] = []
     build = _staged if execution.staged else _eager
-    replica = build(groups, workload, execution, model)
+    within = groups.within
+    replica = build(within, workload, execution, model)
     _rebind(optimizer, group_names, dict(replica.holding.named_parameters()))
-    cut = execution.zero or groups.tensor.size > 1
+    cut = (execution.zero and within.data.size > 1) or groups.tensor.size > 1
     warnings = learn.check_cut(optimizer) if cut else ()
     if groups.pipeline.size > 1 and not cut:
         warnings = learn.check_parted(optimizer)
-    agreement = build_agreement(groups, summed=replica.sums_gradients)
+    agreement = build_agreement(within, summed=replica.sums_gradients)
     agreement.attach(replica)
-    job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings)
+    job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings=warnings)
     if state is not None:
         _restore_optimizer(state, job)
         job.next_step = state.step
+    if execution.agreement.apart:
+        _set_apart(job, execution.agreement)
+        if state is not None:
+            _restore_meetings(state, job)
     return job
+
+
+def _set_apart(job: Job, way: Way) -> None:
+    """What replicas need that have weights of their own for a while."""
+    between, work = job.groups.between, job.workload
+    unit = work.normalize_over or 1
+
+    def examples(step: int) -> list[int]:
+        cut = shares(work.feed.batch_examples(step), between.size, unit)
+        return [stop - start for start, stop in cut]
+
+    if not isinstance(way, Solo):  # there the feed is the member's own, see `members_of`
+        job.feed = ReplicaFeed(work.feed, between.rank, between.size, unit)
+        if work.evaluation is not None:
+            job.evaluation = ReplicaFeed(work.evaluation, between.rank, between.size)
+    setting = Setting(between, job.replica.holding, job.optimizer, work.total_steps, examples)
+    job.meetings = build_meetings(way, setting)
+
+
+def _restore_meetings(state: Checkpoint, job: Job) -> None:
+    """What the checkpoint holds of the meetings, each tensor cut like its parameter."""
+    assert job.meetings is not None
+    held = {}
+    for name in job.meetings.state():
+        if name in state:
+            held[name] = state.read_part(name, job.replica.layout[name.rpartition("/")[0]])
+    job.meetings.restore(held)
 
 
 def _eager(groups: Groups, workload: Workload, execution: Execution, model: nn.Module) -> Replica:
@@ -219,7 +261,8 @@ def _restore_optimizer(state: Checkpoint, job: Job) -> None:
     tensors = {}
     for name in state.names:
         parameter = name.rpartition("/")[0]
-        if name in state.weights or parameter not in own:
+        of_meetings = name.rpartition("/")[2].startswith("sync.")
+        if name in state.weights or parameter not in own or of_meetings:
             continue
         part = job.replica.layout[parameter]
         is_like = state.shape(name) == part.global_shape and len(part.global_shape) > 0

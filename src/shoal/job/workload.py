@@ -2,36 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shoal import data, learn, models
-from shoal.job.sharing import share_of
+from shoal.data import MemberFeed
+from shoal.job.sharing import Feed, ReplicaFeed, share_of
 from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
 from shoal.recipe import Recipe
-from shoal.strategy import Strategy
+from shoal.strategy import EVERY_STEP, Agreement, Strategy
 
 if TYPE_CHECKING:
     from shoal.parallel.pipeline import StagedReplica
 
 Metric = Callable[[Any, Any], tuple[Tensor, Tensor]]
-
-
-class Feed(Protocol):
-    """Global batches by step and position; knows no ranks."""
-
-    @property
-    def examples(self) -> int: ...
-    @property
-    def steps_per_epoch(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def batch_examples(self, step: int) -> int: ...
-    def read(self, step: int, start: int, stop: int) -> Any: ...
-    def prefetch(self, step: int, start: int, stop: int) -> None: ...
-    def position(self, step: int) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,7 @@ class Execution:
     chunks: int | None = None
     sequences: bool = False
     offload: bool = False
+    agreement: Agreement = EVERY_STEP
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -65,6 +52,7 @@ class Execution:
             chunks=strategy.schedule.chunks if strategy.schedule is not None else None,
             sequences=strategy.sp,
             offload=strategy.offload,
+            agreement=strategy.agreement,
             dtype=dtype,
         )
 
@@ -88,6 +76,7 @@ class Workload:
     clip_norm: float | None = None
     evaluation: Feed | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    initial_seed: int | None = None  # of the first weights, where that is not the recipe's
 
     @property
     def total_samples(self) -> int:
@@ -105,13 +94,17 @@ class Workload:
         The generator of the process is left as it was.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed if self.initial_seed is None else self.initial_seed)
             model = self.build_model()
         return model.to(dtype)
 
 
-def workload_of(recipe: Recipe) -> Workload:
-    """The workload of a recipe: opens its data, prepares its parts. Raises what they raise."""
+def workload_of(recipe: Recipe, *, keeps_a_tenth: bool = False) -> Workload:
+    """The workload of a recipe: opens its data, prepares its parts. Raises what they raise.
+
+    ``keeps_a_tenth``: a tenth of the training data is not trained on, for choosing among models;
+    there are as many steps as with it.
+    """
     train, held_out = data.resolve(recipe.data)
     feed = data.open_feed(
         train,
@@ -119,6 +112,7 @@ def workload_of(recipe: Recipe) -> Workload:
         seed=recipe.seed,
         shuffle=True,
         on_bad_example=recipe.data.on_bad_example,
+        tenth="left out" if keeps_a_tenth else "included",
     )
     evaluation = None
     if held_out is not None:
@@ -147,7 +141,7 @@ def workload_of(recipe: Recipe) -> Workload:
         schedule=learn.build_schedule(recipe.schedule),
         feed=feed,
         seed=recipe.seed,
-        total_steps=recipe.steps or (recipe.epochs or 1) * feed.steps_per_epoch,
+        total_steps=recipe.steps or (recipe.epochs or 1) * -(-about.examples // recipe.batch_size),
         normalize_over=None if recipe.normalize_over == "batch" else recipe.normalize_over,
         clip_norm=learn.clip_norm_of(recipe.optimizer),
         evaluation=evaluation,
@@ -164,12 +158,14 @@ def local_batch(
     share (see `Share`) is not reported as bad: another rank does that.
     """
     share = share_of(feed.batch_examples(step), replica.ranks, replica.unit)
+    if isinstance(feed, ReplicaFeed | MemberFeed):
+        share = replace(share, first=feed.first(step))
     batch = feed.read(step, *share.reads(rank))
     if share.is_empty(rank) and len(getattr(batch, "bad", ())):
         batch = replace(batch, bad=())
-    if step < last_step:
-        ahead = share_of(feed.batch_examples(step + 1), replica.ranks, replica.unit)
-        feed.prefetch(step + 1, *ahead.reads(rank))
+    following = feed.batch_examples(step + 1) if step < last_step else 0
+    if following:
+        feed.prefetch(step + 1, *share_of(following, replica.ranks, replica.unit).reads(rank))
     moved: LocalBatch = batch.to(
         replica.device, replica.numerics.dtype, channels_last=replica.numerics.channels_last
     )

@@ -36,11 +36,13 @@ class Share:
 
     A rank without any still computes, on the batch's first example and with no weight: a user's
     model need not bear a batch of no rows (``x.view(len(x), -1)`` does not), and collectives inside
-    the model need every rank.
+    the model need every rank. ``first``: what is added to a position for random choices, where the
+    batch is a part of a larger one.
     """
 
     batch_examples: int
     shares: tuple[tuple[int, int], ...]
+    first: int = 0
 
     def is_empty(self, rank: int) -> bool:
         start, stop = self.shares[rank]

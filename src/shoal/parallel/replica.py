@@ -234,7 +234,8 @@ class Replica:
             stands_in=not counts,
         )
         # A number of its own for what is drawn from torch's generator in each microbatch.
-        self._randomness.begin(step, batch.rows, self.rank + self.ranks * number)
+        rows = batch.rows + share.first if share.first else batch.rows
+        self._randomness.begin(step, rows, self.rank + self.ranks * number)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient, a 0-d tensor. Collective."""

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.comm import Group
 from shoal.errors import ShoalError
 from shoal.job import Job
-from shoal.job.workload import Feed, local_batch
+from shoal.job.sharing import Feed
+from shoal.job.workload import local_batch
 from shoal.parallel import call_objective
 
 
@@ -29,15 +31,16 @@ class Evaluation:
 
     metrics: dict[str, float]
     bad: tuple[Any, ...]
+    members: tuple[dict[str, float], ...] = ()  # of each model, where there are several
 
 
-def evaluate(job: Job) -> Evaluation:
-    """Loss and metrics over the whole evaluation set. Collective.
+def evaluate(job: Job, group: Group | None = None) -> Evaluation:
+    """Loss and metrics over the whole evaluation set. Collective over `group`, or else all ranks.
 
     Each example (or token) counts once, for any size of the set and any number of ranks. No
     metrics if the workload has no evaluation set.
     """
-    feed = job.workload.evaluation
+    feed, group = job.evaluation or job.workload.evaluation, group or job.groups.world
     if feed is None:
         return Evaluation({}, ())
     names = ["loss", *job.workload.metrics]
@@ -49,7 +52,7 @@ def evaluate(job: Job) -> Evaluation:
             pairs = _one_batch(job, feed, step, names, bad)
             if pairs:
                 sums += _stacked(pairs, sums.device)
-    totals, counts = job.groups.world.all_reduce(sums.cpu(), "evaluation").tolist()
+    totals, counts = group.all_reduce(sums.cpu(), "evaluation").tolist()
     metrics = {
         name: total / count
         for name, total, count in zip(names, totals, counts, strict=True)
@@ -78,9 +81,11 @@ def _one_batch(
 ) -> list[tuple[Any, Any]]:
     """(sum, count) of this rank's share, for each name; none where it has no example of its own."""
     try:
-        rank, last = job.groups.data.rank, feed.steps_per_epoch - 1
+        rank, last = job.groups.within.data.rank, feed.steps_per_epoch - 1
+        if not feed.batch_examples(step):
+            return []
         batch, share = local_batch(feed, step, rank, job.replica, last)
-        if job.groups.speaks:  # all ranks of a replica read the same rows
+        if job.groups.within.speaks:  # all ranks of a replica read the same rows
             bad.extend(getattr(batch, "bad", ()))
         outputs: Any = job.replica.forward(batch, step, share)
         # Another rank of the replica has them, or it has stood in: no row of it counts.

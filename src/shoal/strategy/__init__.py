@@ -16,9 +16,10 @@ from shoal.strategy.agreements import (
     Sync,
 )
 from shoal.strategy.parts import Compress, Schedule, Zero
-from shoal.strategy.value import Strategy
+from shoal.strategy.value import EVERY_STEP, Strategy
 
 __all__ = [
+    "EVERY_STEP",
     "Agreement",
     "Async",
     "Compress",

@@ -28,6 +28,8 @@ class Agreement:
     """When and how replicas come to agree on their weights."""
 
     name: ClassVar[str]
+    apart: ClassVar[bool] = True
+    """Whether a replica updates its own weights from its own gradients, between meetings."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -94,17 +96,21 @@ class Sync(Agreement):
     """Every step: gradients are summed over all replicas."""
 
     name: ClassVar[str] = "sync"
+    apart: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class Async(Agreement):
     """Asynchronous SGD with bounded staleness, in optimizer steps.
 
+    One set of weights, of which replicas have versions of different age.
+
     ``servers``: ranks that hold parameters and do not train, 0 for parameters sharded over the
     workers. ``compensate``: λ of delay compensation (Zheng et al. 2017, eq. 10), 0 for none.
     """
 
     name: ClassVar[str] = "async"
+    apart: ClassVar[bool] = False
     staleness: int = _value(Whole(0, "S, the largest staleness in optimizer steps", "async:{}"))
     servers: int = _key(Whole(0, "servers, the ranks that hold parameters", "servers={}"), 0)
     compensate: float = _key(Real(0, inf, "compensate, its λ", "compensate={}"), 0.0)
@@ -165,12 +171,14 @@ class Gossip(Agreement):
 class Solo(Agreement):
     """Replicas never meet: each learns from its share of the data, or from all of it if ``full``.
 
-    ``init``: whether they start from the same weights or each from its own.
+    ``init``: whether they start from the same weights or each from its own. ``members``: how many
+    models, dealt out to the replicas in turn; None for one each.
     """
 
     name: ClassVar[str] = "solo"
     full: bool = _value(Flag("full", "full, all of the data for each replica"), False)
     init: str = _key(Word(("same", "own"), "init, the weights at the start"), "same")
+    members: int | None = _key(Whole(1, "members, the models in all", "members={}"), None)
 
 
 AGREEMENTS: dict[str, type[Agreement]] = {

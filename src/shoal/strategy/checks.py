@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shoal.errors import Refused
-from shoal.strategy.agreements import Async, Solo, Sync
+from shoal.strategy.agreements import Async, Local, Solo, Sync
 
 if TYPE_CHECKING:
     from shoal.strategy.value import Strategy
@@ -139,7 +139,7 @@ def not_yet(strategy: Strategy) -> list[str]:
     ]
     if strategy.compress is not None:
         missing.append(str(strategy.compress))
-    if not isinstance(strategy.agreement, Sync):
+    if not isinstance(strategy.agreement, Sync | Solo | Local):
         missing.append(str(strategy.agreement))
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")

@@ -14,14 +14,13 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from shoal.checkpoint import Background, Copies, Piece, SavedCheckpoint, Snapshot, prune, save
-from shoal.checkpoint.optimizer_state import flatten
+from shoal.checkpoint import Background, Copies, SavedCheckpoint, Snapshot, prune, save
 from shoal.comm import Group
-from shoal.job import Job
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.train.agree_start import not_finite, require_finite
 from shoal.train.stop import Convergence
+from shoal.train.team import Team
 
 
 class GroupMeeting:
@@ -40,18 +39,18 @@ class Committer:
     """Writes the checkpoints of one run, one at a time, in a thread. ``last`` is committed."""
 
     def __init__(
-        self, job: Job, recipe: Recipe, run: Run, strategy: str, send: Callable[[Any], None]
+        self, team: Team, recipe: Recipe, run: Run, strategy: str, send: Callable[[Any], None]
     ) -> None:
-        self._job = job
+        self._team = team
         self._recipe = recipe
         self._run = run
         self._strategy = strategy
         self._send = send
-        self._meeting = GroupMeeting(job.groups.checkpoint)
+        self._meeting = GroupMeeting(team.job.groups.checkpoint)
         self._copies = Copies()
         self._background = Background()
         # An attention mask, say, may be a buffer with infinities from the start.
-        self._never_finite = not_finite(job.replica.holding)
+        self._never_finite = [not_finite(held) for held in team.holdings]
         self.last: SavedCheckpoint | None = None
 
     @property
@@ -72,11 +71,10 @@ class Committer:
         there, what need not be kept is removed. Raises `NotFinite`, and what :meth:`wait` raises.
         """
         self.wait()
-        require_finite(self._job.replica.holding, step, self._never_finite)
+        for held, never in zip(self._team.holdings, self._never_finite, strict=True):
+            require_finite(held, step, never)
         fingerprint = self._recipe.fingerprint
-        snapshot = self._copies.take(
-            snapshot_of(self._job, step, fingerprint, self._strategy, state)
-        )
+        snapshot = self._copies.take(self._team.snapshot(step, fingerprint, self._strategy, state))
         best = (convergence.best_step,) if convergence.best is not None else ()
         self._background.start(lambda: self._save(snapshot, best))
 
@@ -104,39 +102,3 @@ class Committer:
             }
         )
         return saved
-
-
-def snapshot_of(
-    job: Job, step: int, fingerprint: str, strategy: str, train: dict[str, Any] | None = None
-) -> Snapshot:
-    """What this rank holds after `step` steps; ``train`` is the loop's state."""
-    state, scalars = flatten(job.optimizer, job.parameter_names)
-    # Of all ranks: a rank of a pipeline has some of them.
-    for group, names in zip(scalars["groups"], job.group_names, strict=True):
-        group["names"] = list(names)
-    weights, aliases = _weights(job)
-    held = weights | state
-    return Snapshot(
-        step=step,
-        tensors={name: Piece(each, job.part_of(name, each)) for name, each in held.items()},
-        fingerprint=fingerprint,
-        strategy=strategy,
-        position={**job.workload.feed.position(step), "data": job.workload.feed.fingerprint},
-        train=train,
-        optimizer=scalars,
-        aliases=aliases,
-    )
-
-
-def _weights(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parameters and buffers by qualified name, tied ones once, with aliases to that name."""
-    weights: dict[str, Any] = {}
-    aliases: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for name, tensor in job.replica.holding.state_dict(keep_vars=True).items():
-        first = names.setdefault(id(tensor), name)
-        if first == name:
-            weights[name] = tensor.detach()
-        else:
-            aliases[name] = first
-    return weights, aliases

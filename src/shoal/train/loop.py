@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.job import Job
-from shoal.predict import evaluate
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.train.bad_examples import BadExamples
 from shoal.train.clock import Every, Stopwatch
 from shoal.train.commit import Committer
 from shoal.train.located import located
-from shoal.train.step import Flags, StepResult, train_step
+from shoal.train.step import Flags, StepResult
 from shoal.train.stop import Convergence
+from shoal.train.team import Team
 from shoal.train.times import StepTimes
 
 LOGGED_STEPS = 2000  # at most so many lines of training in metrics.jsonl
@@ -36,14 +35,15 @@ class Loop:
 
     def __init__(
         self,
-        job: Job,
+        team: Team,
         recipe: Recipe,
         run: Run,
         strategy: str,
         send: Callable[[dict[str, Any]], None],
         watch: Stopwatch,
     ) -> None:
-        self.job = job
+        self.team, self.job = team, team.job
+        job = team.job
         self.recipe = recipe
         self._log = run.metrics_log()
         self.is_first = job.groups.world.rank == 0
@@ -54,10 +54,11 @@ class Loop:
         self._evaluate_every = Every(recipe.evaluate.every, self._steps_per_epoch)
         self._checkpoint_every = Every(recipe.checkpoint.every, self._steps_per_epoch)
         self.convergence = Convergence(recipe.stop.metric if recipe.stop else "loss")
-        self.committer = Committer(job, recipe, run, strategy, self._send)
+        self.committer = Committer(team, recipe, run, strategy, self._send)
         self.bad_examples = BadExamples(job.groups.world, run, self._send)
         self.times = StepTimes()
         self.metrics: dict[str, float] = {}
+        self.members: list[dict[str, float]] = []  # metrics of each, where there are several
         self._log_every = max(1, math.ceil(self.total / LOGGED_STEPS))
         self._started = time.monotonic()
         self._shown = 0.0
@@ -76,6 +77,7 @@ class Loop:
         self._evaluate_every.last_seconds = self._checkpoint_every.last_seconds = seconds
         self.convergence.restore(train)
         self.metrics = dict(train.get("metrics", {}))
+        self.members = list(train.get("members", []))
         self.bad_examples.count = int(train.get("bad_examples", 0))
         # A run that was killed after its last checkpoint has nothing left but its end.
         self._reason = train.get("reason")
@@ -87,6 +89,7 @@ class Loop:
             **self.convergence.state(),
             "seconds": self.elapsed,
             "metrics": finite,
+            **({"members": self.members} if self.members else {}),
             "bad_examples": self.bad_examples.count,
             "reason": self._reason,
         }
@@ -111,7 +114,7 @@ class Loop:
         step, stopping = self.job.next_step, False
         # Asked to stop before the first step: the ranks agree in a step, so do that one.
         while step < self.total and not stopping and self._reason is None:
-            result = train_step(self.job, step, self._flags(stop_requested()), self.times)
+            result = self.team.step(step, self._flags(stop_requested()), self.times)
             step += 1
             self.watch.lap("step")
             stopping = result.flags.stop > 0
@@ -151,13 +154,14 @@ class Loop:
         if self.job.workload.evaluation is None:
             self.metrics = {"loss": result.loss}
             return False
-        evaluation = evaluate(self.job)
-        self.metrics = evaluation.metrics
+        evaluation = self.team.evaluate()
+        self.metrics, self.members = evaluation.metrics, list(evaluation.members)
         self.bad_examples.evaluated(step, evaluation.bad)
         self.watch.lap("evaluation")
         place = self._place(step)
         if self.is_first:
-            self._log.add({**place, "evaluation": self.metrics})
+            members = {"members": self.members} if self.members else {}
+            self._log.add({**place, "evaluation": self.metrics, **members})
         epoch = place["epoch"]
         self._send({"kind": "evaluation", "step": step, "epoch": epoch, "metrics": self.metrics})
         return self.convergence.observe(step, seconds, self.metrics)

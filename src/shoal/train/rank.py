@@ -10,17 +10,18 @@ import torch
 from shoal.checkpoint import Checkpoint, checkpoint_path, discard_after, newest_valid
 from shoal.comm import Groups, Transport
 from shoal.errors import CheckpointDamaged, RunError, RunFolderError, ShoalError
-from shoal.job import Execution, Job, assemble, workload_of
+from shoal.job import Execution, Job, workload_of
 from shoal.launch import Context, allocator
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.strategy import Strategy
+from shoal.strategy import Solo, Strategy
 from shoal.train.agree_start import compare, describe_parameters, model_digests
 from shoal.train.clock import Stopwatch
 from shoal.train.document import versions
 from shoal.train.located import located
 from shoal.train.loop import Loop, Outcome
 from shoal.train.memory import PeakMemory
+from shoal.train.team import Team
 from shoal.train.telling import split_of, tell
 
 
@@ -61,6 +62,7 @@ def train_on_rank(
         device,
         axes=strategy.axes,
         shards=strategy.shards,
+        apart=strategy.agreement.apart,
         transport=cast(Transport, task.transport),
     )
     if groups.world.rank == 0 and groups.reason is not None:
@@ -98,16 +100,25 @@ def _train(
     memory = PeakMemory(groups.device)
     state = _find_state(groups, run, context.send) if task.resume else None
     start: dict[str, Any] = {}
-    execution, work = Execution.of(strategy), workload_of(recipe)
-    job = assemble(groups, work, execution, state, lambda model: start.update(_weights(model)))
+    execution = Execution.of(strategy)
+    solo = isinstance(strategy.agreement, Solo)
+    work = workload_of(recipe, keeps_a_tenth=solo)
+
+    def look(_number: int, model: torch.nn.Module) -> None:
+        start.update(_weights(model))
+
+    team = Team.of(groups, work, execution, state, look)
+    job = team.job
     # What they had before any of it was cut: the pieces that they keep differ.
+    if team.is_apart and (state is not None or "init=own" in str(strategy)):
+        start.pop("weights before the first step", None)
     compare(groups.world, start | _initial(job))
     if groups.world.rank == 0:
         for message in job.warnings:
             run.log_event("warning", message)
             context.send({"kind": "event", "event": "warning", "message": message})
         tell(split_of(job), run, context.send)
-    loop = Loop(job, recipe, run, str(strategy), context.send, watch)
+    loop = Loop(team, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
     if groups.world.rank == 0:
@@ -238,6 +249,7 @@ def _summary(
         "seconds": round(loop.elapsed, 4),
         "samples_per_second": round((trained - first) / max(seconds.get("step", 0.0), 1e-9), 2),
         "metrics": loop.metrics,
+        **({"members": loop.members} if loop.members else {}),
         "best": loop.convergence.state(),
         "bad_examples": loop.bad_examples.count,
         "peak_memory_bytes": [each["peak"] for each in everywhere],

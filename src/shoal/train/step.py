@@ -85,7 +85,7 @@ def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     # Not before: a rank that has not used every parameter still has gradients to send, and would
     # make this collective while others wait for them.
     if not math.isfinite(loss_sum):
-        _refuse(own[0], job.groups.world, step)
+        refuse_loss(own[0], job.groups.world, step)
     split.hidden(job.agreement.hidden_s - hidden)
     split.book("communication_exposed")
     job.replica.rescale(count)
@@ -95,7 +95,7 @@ def _step(job: Job, step: int, flags: Flags, split: Split) -> StepResult:
     return StepResult(loss, count, learning_rate, Flags(*shared), bad)
 
 
-def _refuse(local: Tensor, group: Group, step: int) -> None:
+def refuse_loss(local: Tensor, group: Group, step: int) -> None:
     """Name the first rank whose own sum of losses is not finite."""
     sums = group.all_gather(local[:1], "metric").flatten().tolist()
     wrong = [(rank, value) for rank, value in enumerate(sums) if not math.isfinite(value)]

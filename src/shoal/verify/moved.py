@@ -22,7 +22,8 @@ from shoal.comm import Group, Groups
 from shoal.errors import ShoalError
 from shoal.job import Execution, Job, assemble
 from shoal.layout import Part
-from shoal.train.commit import GroupMeeting, snapshot_of
+from shoal.train.commit import GroupMeeting
+from shoal.train.snapshot import snapshot_of
 from shoal.verify.certificate import Difference, Moved
 from shoal.verify.compare import Held, share_record
 from shoal.verify.measure import errors

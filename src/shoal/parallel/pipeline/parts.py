@@ -76,6 +76,7 @@ class StepRun:
     divisor: float
     pieces: dict[int, slice]  # the microbatches that are run, and their rows
     idle: frozenset[int] = frozenset()  # of these, those that only stand in, without weight
+    first: int = 0  # see `Share`
     last: frozenset[Action] = frozenset()  # each stage's last action of this rank
     forms: dict[int, Form] = field(default_factory=dict)
     inputs: dict[int, Values] = field(default_factory=dict)

@@ -317,6 +317,7 @@ class StagedReplica:
             float(max(1, share.batch_examples)),
             {m: piece for m, piece in enumerate(pieces) if runs[m]},
             idle,
+            first=share.first,
         )
         if training and parts.has_norms and parts.batch_groups.crosses and len(run.pieces) > 1:
             raise Refused(
@@ -350,7 +351,7 @@ class StagedReplica:
         if len(run.pieces) > 1:
             self._parts.batch_groups.microbatch(rows)
             self._parts.batch_groups.stands_in = not run.counts or microbatch in run.idle
-        self._parts.randomness.begin(run.step, rows, self.rank)
+        self._parts.randomness.begin(run.step, rows + run.first, self.rank)
 
     def _joined(self, run: StepRun) -> Any:
         """The model's outputs of all microbatches as one; None where this rank has none."""
