@@ -161,9 +161,8 @@ class Links:
         """The tensors of a message, once they are there."""
         source = self._table.rank_of(message.stage)
         while message not in self._here:
-            coming, tensors, pending = (
-                self._arriving.pop(source) if source in self._arriving else self._ask(source)
-            )
+            ahead = source in self._arriving
+            coming, tensors, pending = self._arriving.pop(source) if ahead else self._ask(source)
             self._ask_ahead(source)
             for each in pending:
                 each.wait()

@@ -329,9 +329,12 @@ class StagedReplica:
         for number, piece in run.pieces.items():
             inputs = each_tensor(lambda leaf, p=piece: some_rows(leaf, p, rows), batch.inputs)  # type: ignore[misc]
             size = piece.stop - piece.start
-            run.forms[number] = form = parts.forms.of(training=training, inputs=inputs, rows=size)
+            run.forms[number] = form = parts.forms.of(
+                training=training, inputs=inputs, rows=size, alone=share.batch_examples == 1
+            )
             run.inputs[number] = form.named(inputs)
-        keys = {m: (training, shapes_of(values)) for m, values in run.inputs.items()}
+        kind = (training, share.batch_examples == 1)
+        keys = {m: (*kind, shapes_of(values)) for m, values in run.inputs.items()}
         parts.links.begin(keys, backward=training)
         return run
 
