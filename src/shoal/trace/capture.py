@@ -192,7 +192,8 @@ def _is_users(node: Any) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and no log lines: what goes wrong is said in the error."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.export")]
+    names = ("torch.fx", "torch._export", "torch.export", "torch._subclasses")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     # What torch prints of a graph that it gives up on.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
