@@ -95,11 +95,15 @@ def capture(model: nn.Module, inputs: Any, rows: int) -> Captured:
         except Exception as error:
             raise _refused(error) from error
         dims = tuple(None for _ in tensors)
+    static = rows < 2 or not any(dims) or not _general(program, dims)
+    if static and any(dims):
+        # len(x) makes a plain number of a symbol on the way: shapes before it would have the symbol
+        # and those after it would not, which reads as if these had no rows.
+        program = _export(wrapper, tensors, tuple(None for _ in tensors))
     seen = wrapper.seen
     if why := _not_kept(seen):
         raise Refused(why, hint=ADVICE)
     assert seen.outputs is not None
-    static = rows < 2 or not any(dims) or not _general(program, dims)
     return Captured(program, structure, seen.outputs, static, seen.assigned)
 
 
