@@ -136,8 +136,10 @@ def six_features(step):
     return torch.randn(5, 6, generator=made), torch.randint(3, (5,), generator=made)
 
 
-@pytest.mark.parametrize("strategy", ["tp2", "pp2"])
-@pytest.mark.parametrize("model", [with_a_mask_that_no_checkpoint_has, with_a_token_for_each_row])
+@pytest.mark.parametrize(
+    ("model", "strategy"),
+    [(with_a_mask_that_no_checkpoint_has, "tp2"), (with_a_token_for_each_row, "pp2")],
+)
 def test_masks_of_their_own_and_rows_that_are_counted(pool, model, strategy):
     from torch.nn.functional import cross_entropy
 
