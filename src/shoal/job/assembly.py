@@ -16,6 +16,7 @@ from shoal.errors import Refused
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
+from shoal.parallel.hooks import refuse_max_norm
 from shoal.sync import Agreement, build_agreement
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def assemble(
     compare. Collective over ``groups``.
     """
     model = workload.first_model(execution.dtype)
+    refuse_max_norm(model, groups.data.size)
     # A checkpoint is read into the plain module, before anything is wrapped around it.
     if state is not None:
         _restore_model(state, model)
