@@ -138,7 +138,11 @@ def six_features(step):
 
 @pytest.mark.parametrize(
     ("model", "strategy"),
-    [(with_a_mask_that_no_checkpoint_has, "tp2"), (with_a_token_for_each_row, "pp2")],
+    [
+        (with_a_mask_that_no_checkpoint_has, "tp2"),
+        (with_a_token_for_each_row, "pp2"),
+        (with_a_token_for_each_row, "tp2"),
+    ],
 )
 def test_masks_of_their_own_and_rows_that_are_counted(pool, model, strategy):
     from torch.nn.functional import cross_entropy

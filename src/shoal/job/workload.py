@@ -109,7 +109,8 @@ class Workload:
             torch.manual_seed(self.seed)
             model = self.build_model()
         _refuse_complex(model)
-        return model._apply(lambda tensor: _in(tensor, dtype))
+        model._apply(lambda tensor: _in(tensor, dtype))  # type: ignore[no-untyped-call]
+        return model
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

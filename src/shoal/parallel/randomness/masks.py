@@ -29,12 +29,20 @@ FIND: Final = -1  # the dimension of the rows is the one that fits their number
 class Cut(NamedTuple):
     """Here are positions ``offset, …`` of `size` in all, along `dim`, of a larger tensor.
 
-    In the dimension of the rows, offset and size count positions of one example.
+    In the dimension of the rows, offset and size count positions of one example. ``ranges``: the
+    positions (start, stop), where they are not one range.
     """
 
     dim: int
     offset: int
     size: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Where the `count` positions here are in the larger tensor."""
+        if not self.ranges:
+            return torch.arange(self.offset, self.offset + count, device=device)
+        return torch.cat([torch.arange(*each, device=device) for each in self.ranges])
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,8 @@ def _numbers(sizes: list[int], axis: int, cut: Cut | None, device: torch.device)
     whole = [cut.size if index == axis else size for index, size in enumerate(sizes)]
     numbers = torch.zeros((), dtype=torch.int64, device=device)
     for index, size in enumerate(sizes):
-        start = cut.offset if index == axis else 0
-        steps = torch.arange(start, start + size, device=device) * math.prod(whole[index + 1 :])
-        numbers = numbers[..., None] + steps
+        here = cut.positions(size, device) if index == axis else torch.arange(size, device=device)
+        numbers = numbers[..., None] + here * math.prod(whole[index + 1 :])
     return numbers.flatten()
 
 
