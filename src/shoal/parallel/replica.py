@@ -293,7 +293,13 @@ def _users_line(error: Exception) -> str | None:
     """The innermost line that is neither torch's nor Shoal's: where the user would look."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
-    return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
+    if not own:
+        return None
+    if own[-1].filename.startswith("<"):
+        # The code of a traced model, which says behind each operation where the user wrote it.
+        _, _, place = (own[-1].line or "").partition("  # ")
+        return f"in {place.partition(': ')[2] or place}" if place else None
+    return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

@@ -18,9 +18,11 @@ from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.microbatches import cut_groups, cut_rows, run_by
 from shoal.parallel.pipeline.outputs import join
 from shoal.parallel.pipeline.weights import Later, split_weights
+from shoal.parallel.replica import user_error
 from shoal.schedule import Action
 from shoal.sync import Alone
 from shoal.trace import trace
+from shoal.trace.emit import emit
 
 
 @given(rows=st.integers(0, 40), microbatches=st.integers(1, 9), size=st.integers(1, 7))
@@ -259,3 +261,23 @@ def old_weight_norm() -> nn.Module:
 @pytest.mark.parametrize("inner", [Pairs, old_weight_norm])
 def test_models_that_a_copy_without_memory_is_hard_to_make_of(inner: Any) -> None:
     built(Narrow(inner()).double(), Staging("1f1b", 2))
+
+
+class LooksUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids).sum(1)
+
+
+def test_an_error_in_a_stage_names_the_users_line() -> None:
+    model = LooksUp()
+    run = emit(trace(model, (torch.zeros(3, 2, dtype=torch.long),), 3).graph)
+    with pytest.raises(IndexError) as caught:
+        run(model.table.weight, torch.full((3, 2), 9))
+    said = user_error("the model's forward", caught.value)
+    assert said.hint is not None
+    assert said.hint.startswith(f"in {__file__}:")
+    assert said.hint.endswith("return self.table(ids).sum(1)")
