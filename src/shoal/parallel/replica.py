@@ -105,6 +105,7 @@ class Replica:
         self.ranks = groups.group.size
         self._groups = groups
         self._randomness = randomness
+        randomness.splits = self.ranks * microbatches > 1
         self._about = about
         self._divisor = 1.0
 
