@@ -222,6 +222,7 @@ PP2_DP2, DP2_PP2 = (("pp", 2), ("dp", 2)), (("dp", 2), ("pp", 2))
         (RESIDUAL, PP2, How("zbv", 5)),
         (RESIDUAL, PP2_DP2, How("1f1b", 3)),
         (texts(), PP4, How("1f1b", 8)),
+        (texts(), PP2, How("interleaved", 8, 2)),  # shapes told both ways at once
         (texts(), PP3, How("interleaved", 6, 2)),
         (texts(), PP2, How("zb", 3, 2)),
         (texts(), PP2_DP2, How("1f1b", 4)),

@@ -94,10 +94,14 @@ class StagedReplica:
 
     @property
     def layout(self) -> dict[str, Part]:
-        """Which part of each tensor this rank holds; those of other stages are not there."""
-        state = self.model.state_dict(keep_vars=True)
+        """Which part of each tensor this rank holds; those of other stages are not there.
+
+        Of buffers that no checkpoint has, those that are cut.
+        """
+        state, cut = self.model.state_dict(keep_vars=True), self._parts.cut
         whole = {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
-        held = whole | {name: part for name, part in self._parts.cut.items() if name in whole}
+        here = whole.keys() | {name for name, _ in self.model.named_buffers()}
+        held = whole | {name: part for name, part in cut.items() if name in here}
         return self._parts.states.layout(held)
 
     @property
