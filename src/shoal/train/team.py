@@ -47,8 +47,12 @@ class Team:
         execution: Execution,
         state: Checkpoint | None,
         look: Look,
+        of_member: Callable[[int], Workload] | None = None,
     ) -> "Team":
-        """Assemble this rank's jobs. Collective. ``look`` gets each plain model and its number."""
+        """Assemble this rank's jobs. Collective. ``look`` gets each plain model and its number.
+
+        ``of_member``: the workload of each member, where they are unlike.
+        """
         way, between = execution.agreement, groups.between
         if not way.apart:
             whole = _whole(state)
@@ -57,7 +61,9 @@ class Team:
         numbers = tuple(range(between.rank, of, between.size))
         jobs = []
         for number in numbers:
-            part = workload if not isinstance(way, Solo) else _own(workload, way, number)
+            part = workload if of_member is None else of_member(number)
+            if isinstance(way, Solo):
+                part = _own(replace(part, feed=workload.feed), way, number)
             own = _one(state, way, number, of)
             job = assemble(groups, part, execution, own, lambda m, n=number: look(n, m))  # type: ignore[misc]
             if isinstance(way, Solo):
