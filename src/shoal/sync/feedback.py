@@ -107,13 +107,13 @@ class LowRank(Feedback):
     def __init__(
         self, line: Line, like: Mapping[str, Tensor], rank: int, *, force: bool = False
     ) -> None:
-        self._bases: dict[str, Tensor] = {}
+        self.bases: dict[str, Tensor] = {}  # Q of each that is not sent in full
         for name, tensor in like.items():
             n, m = sorted(_matrix(tensor).shape)
             width = min(rank, n)
             if tensor.numel() and (force or width * (n + m) < n * m):
-                self._bases[name] = _first_base(name, m, width).to(tensor.detach())
-        super().__init__(line, {name: like[name] for name in self._bases})
+                self.bases[name] = _first_base(name, m, width).to(tensor.detach())
+        super().__init__(line, {name: like[name] for name in self.bases})
 
     def start(self, named: Mapping[str, Tensor], used: Collection[str] | None = None) -> UnderWay:
         """As `Sums.start`."""
@@ -127,19 +127,15 @@ class LowRank(Feedback):
 
     def state(self) -> dict[str, Tensor]:
         key = self.line.own_key("q")
-        return super().state() | {f"{name}/{key}": base for name, base in self._bases.items()}
+        return super().state() | {f"{name}/{key}": base for name, base in self.bases.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         super().restore(tensors)
         key = self.line.own_key("q")
-        for name, base in self._bases.items():
+        for name, base in self.bases.items():
             saved = tensors.get(f"{name}/{key}")
             if saved is not None and saved.shape == base.shape:
                 base.copy_(saved)
-
-    def base(self, name: str) -> Tensor | None:
-        """Q of a tensor, [m, r]; None where it is sent in full."""
-        return self._bases.get(name)
 
 
 class _Piece:
@@ -147,14 +143,14 @@ class _Piece:
 
     def __init__(self, sums: LowRank, named: dict[str, Tensor], idle: Collection[str]) -> None:
         self._sums, self._idle = sums, idle
-        self._full = [tensor for name, tensor in named.items() if sums.base(name) is None]
-        self._low = {name: tensor for name, tensor in named.items() if sums.base(name) is not None}
+        self._full = [tensor for name, tensor in named.items() if name not in sums.bases]
+        self._low = {name: tensor for name, tensor in named.items() if name in sums.bases}
         self._matrices, products = [], []
         with torch.no_grad():
             for name, tensor in self._low.items():
                 whole = tensor.detach() if name in idle else tensor.detach() + sums.errors[name]
                 self._matrices.append(_matrix(whole))
-                products.append(self._matrices[-1] @ sums.base(name))
+                products.append(self._matrices[-1] @ sums.bases[name])
             self._shapes = [product.shape for product in products]
             flat = flat_of([*self._full, *products])
         self.pending = sums.line.group.all_reduce_later(flat, sums.line.purpose)
@@ -185,12 +181,11 @@ class _Piece:
         """Put the sums into the tensors."""
         if self._seconds is None:
             return
-        bases = [self._sums.base(name) for name in self._low]
+        bases = [self._sums.bases[name] for name in self._low]
         with torch.no_grad():
-            spread(self._seconds.wait(), [base for base in bases if base is not None])
+            spread(self._seconds.wait(), bases)
             for tensor, p, q in zip(self._low.values(), self._directions, bases, strict=True):
-                if q is not None:
-                    _put(p @ q.T, tensor)
+                _put(p @ q.T, tensor)
 
 
 class _Products:

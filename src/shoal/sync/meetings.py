@@ -62,8 +62,10 @@ class Setting:
 class Meetings(Protocol):
     """How replicas with weights of their own come together."""
 
-    hidden_s: float
-    """Seconds of communication so far during which this rank computed."""
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of communication so far during which this rank computed."""
+        ...
 
     def gradients(self, step: int, count: float) -> bool:
         """Before the update: what the gradients need that are agreed on in this step.

@@ -57,8 +57,10 @@ class Line:
 class UnderWay(Protocol):
     """Sums that were started."""
 
-    began: float
-    ended: float | None
+    @property
+    def began(self) -> float: ...
+    @property
+    def ended(self) -> float | None: ...
 
     def wait(self) -> None:
         """Returns when the tensors that were given are the sums."""
@@ -99,7 +101,8 @@ class Several:
     def __init__(self) -> None:
         self._pending: list[Pending] = []
         self._tensors: list[Sequence[Tensor]] = []
-        self.began, self.ended = 0.0, None
+        self.began = 0.0
+        self.ended: float | None = None
 
     def add(self, pending: Pending, tensors: Sequence[Tensor]) -> None:
         self.began = self.began or pending.began
