@@ -1,6 +1,6 @@
 """Whether a strategy claims to compute what one device does: only that can be verified.
 
-require_one_device(Strategy.parse("dp2/local:8"))       # Refused: replicas have weights of their own
+require_one_device(Strategy.parse("dp2/local:8"))       # Refused: weights of their own
 """
 
 from dataclasses import replace

@@ -44,8 +44,8 @@ def agreements(replicas: int) -> st.SearchStrategy[Agreement]:
             fragments=whole,
             overlap=st.booleans(),
             wire=st.sampled_from(["float32", "bf16", "int8"]),
-        ),
-        st.builds(Easgd, whole, alpha=st.none() | share),
+        ).filter(lambda made: not made.overlap or made.every > 1),
+        st.builds(Easgd, whole, alpha=st.none() | st.floats(0, 1 / replicas)),
         st.builds(Gossip, st.sampled_from(["ring", "exponential", "complete"])),
         st.builds(Solo, full=st.booleans(), init=st.sampled_from(["same", "own"])),
     )
@@ -79,6 +79,7 @@ def splits(draw: st.DrawFn) -> Strategy:
         replicas = dp // (group or dp)
     agreement = draw(agreements(replicas)) if zero is None or replicas > 1 else Sync()
     sends = dp * degrees["cp"] > 1 and not isinstance(agreement, Solo)
+    sends = sends and getattr(agreement, "wire", "float32") == "float32"
     return Strategy(
         axes=axes,
         zero=zero,
