@@ -172,7 +172,15 @@ def gossip(graph: str) -> Meet:
 
 
 def _train(
-    context: Any, case: Case, text: str, folder: str, first: int, last: int | None, watch: bool
+    context: Any,
+    case: Case,
+    text: str,
+    folder: str,
+    first: int,
+    last: int | None,
+    watch: bool,
+    transport: Any,
+    into: str,
 ) -> Any:
     from shoal.checkpoint import Checkpoint, save
     from shoal.checkpoint.folder import checkpoint_path
@@ -194,6 +202,7 @@ def _train(
         axes=strategy.axes,
         shards=strategy.shards,
         apart=strategy.agreement.apart,
+        transport=transport,
         timeout_s=60,
     )
     feed = Batches(case.batches)
@@ -218,7 +227,7 @@ def _train(
         if watch:
             losses.append(team.evaluate().metrics["loss"])
     snapshot = team.snapshot(stop, "the case", text, {})
-    save(Path(folder), snapshot, GroupMeeting(groups.world))
+    save(Path(into), snapshot, GroupMeeting(groups.world))
     sent = groups.world.counter.as_dict()
     groups.close()
     return {"losses": losses, "bytes": sent, "warnings": list(team.job.warnings)}
@@ -233,13 +242,21 @@ def train_apart(
     first: int = 0,
     last: int | None = None,
     watch: bool = False,
+    transport: str = "auto",
+    into: Path | None = None,
 ) -> Any:
-    """Train from step `first` (of an earlier call) to `last`; what rank 0 says of it."""
+    """Train from step `first` (of an earlier call) to `last`; what rank 0 says of it.
+
+    ``into``: where the last step is saved, if not in `folder`.
+    """
     from shoal.strategy import Strategy
 
     folder.mkdir(exist_ok=True)
     ranks = Strategy.parse(text).world_size
-    return pool.call(_train, case, text, str(folder), first, last, watch, ranks=ranks)[0]
+    into = into or folder
+    into.mkdir(exist_ok=True)
+    options = (first, last, watch, transport, str(into))
+    return pool.call(_train, case, text, str(folder), *options, ranks=ranks)[0]
 
 
 def saved(folder: Path, step: int) -> Weights:

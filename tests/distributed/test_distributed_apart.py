@@ -324,3 +324,33 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(
     train_apart(pool, case, text, stopped, last=5)
     train_apart(pool, case, text, stopped, first=5)
     same_bits(saved(through, STEPS), saved(stopped, STEPS))
+
+
+MOVES = ("dp2/gossip:ring", "dp3/diloco:2:overlap=1", "dp2/compress:topk=5", "dp2/local:3", "dp2")
+
+
+def test_a_run_goes_on_under_another_agreement_from_the_mean(pool: Any, tmp_path: Path) -> None:
+    """And on another number of replicas; what is kept for one way means nothing to the next."""
+    case, run, copy = small(), tmp_path / "run", tmp_path / "copy"
+    names = list(Plain(case, 1).weights(0))
+    for step, text in enumerate(MOVES):
+        train_apart(pool, case, text, run, first=step, last=step + 1)
+    for step, text in enumerate(MOVES[1:], 1):
+        before = saved(run, step)
+        replicas = {name.split("/")[0] for name in before if name.startswith("replica-")}
+        of_each = [replica_of(before, r) for r in range(len(replicas))] or [before]
+        mean = {n: sum(each[n] for each in of_each) / len(of_each) for n in names}
+        train_apart(pool, case, text, run, first=step, last=step, into=copy)
+        after = saved(copy, step)
+        starts = {n.removesuffix(names[0]) for n in after if n.endswith(names[0])}
+        assert len(starts) == (int(text[2]) if "local" in text or "diloco" in text else 1)
+        for start in starts:
+            assert distance(mean, {n: after[start + n] for n in names}) < 1e-15
+
+
+@pytest.mark.parametrize("text", ["dp3/diloco:2:wire=int8", "dp3/compress:topk=5"])
+def test_what_is_gathered_has_the_same_bits_over_gloo(pool: Any, tmp_path: Path, text: str) -> None:
+    case = small(batches=batches_of(*images(48), 48, 4))
+    for transport in ("shared_memory", "gloo"):
+        train_apart(pool, case, text, tmp_path / transport, transport=transport)
+    same_bits(saved(tmp_path / "shared_memory", 4), saved(tmp_path / "gloo", 4))

@@ -14,9 +14,9 @@ What is sent of a tensor depends on that tensor alone, never on its neighbours i
 that hold the same part of a layer and other parts of the next one then stay equal.
 
 torch's communication hooks of DDP (`fp16_compress_hook`, `powerSGD_hook`) are not used: they take
-DDP's own buckets (see `every_step` for why there are none), know no replicas without examples, keep
-their errors by the place in a bucket, where a checkpoint has no name for them, and pack tensors of
-a bucket together. Method and skipping rule are theirs.
+a `GradBucket`, which only DDP can make (it has no constructor; `every_step` says why there is no
+DDP), know no replicas without examples, keep their errors by the place in a bucket, where a
+checkpoint has no name for them, and pack the tensors of a bucket together.
 """
 
 from collections.abc import Collection, Mapping, Sequence
