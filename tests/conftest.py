@@ -146,7 +146,7 @@ SAMPLED = {
     "test_distributed_tensor_sequence.py": 4,
     "test_distributed_comm_bytes.py": 3,
     "test_trace_segments.py": 3,
-    "test_distributed_apart.py": 3,
+    "test_distributed_meetings.py": 3,
     "test_distributed_compression.py": 3,
     "test_distributed_convergence.py": 2,
 }

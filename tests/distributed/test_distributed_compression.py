@@ -19,7 +19,7 @@ from apart import (
 )
 from onedevice import Case, batches_of, images
 from test_distributed_against_one_device import branches
-from test_distributed_apart import STEPS, TOLERANCE, Outer, one_device, small
+from test_distributed_meetings import STEPS, TOLERANCE, Outer, one_device, small
 from torch import Tensor
 
 # ---- the methods, for a part of a sum or for all parts together

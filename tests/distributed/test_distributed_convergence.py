@@ -121,7 +121,7 @@ def test_outer_steps_follow_their_recurrence(
 @pytest.mark.parametrize("method", ["topk=25", "powersgd=1"])
 def test_with_errors_fed_back_it_gets_there(pool: Any, tmp_path: Path, method: str) -> None:
     """f(w) - f(w*) ≤ O(L |w₀ - w*|²) (1 - η μ / 2)^T for η small beside δ / L, δ the share of the
-    square that is sent (Stich and Karimireddy 2020, theorem 16, without noise).
+    square that is sent (Stich and Karimireddy 2020, without noise).
     """
     curvature = curvatures(inputs())
     low, high = float(curvature[0]), float(curvature[-1])

@@ -149,7 +149,7 @@ def _outer(strategy: Strategy) -> Refused | None:
 
 
 def _elastic(strategy: Strategy) -> Refused | None:
-    """Zhang et al. 2015, §3: beyond replicas · α = 1 the centre swings instead of settling."""
+    """c ← (1 - nα) c + α Σ w_r: beyond nα = 1 the old centre counts less than nothing."""
     agreement, replicas = strategy.agreement, strategy.replicas
     if not isinstance(agreement, Easgd) or agreement.alpha is None:
         return None

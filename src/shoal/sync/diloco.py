@@ -15,7 +15,7 @@ parts of about equal size, which meet in turn, each every H steps, part i after 
     part 1              x               x
 
 `overlap=1`: Δ is sent after a step, and taken τ = min(5, H - 1) steps later: the steps between
-compute meanwhile. Then (the paper's mixing rule, with its α of 1/2, §2.3)
+compute meanwhile. Then, by the paper's mixing rule, with α = 1/2 here,
 
     w_r ← α · w_r + (1 - α) · θ
 
