@@ -17,6 +17,7 @@ from shoal.job.sharing import Feed, ReplicaFeed, shares
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
+from shoal.parallel.hooks import refuse_max_norm
 from shoal.strategy import Solo
 from shoal.sync import (
     Agreement,
@@ -115,6 +116,7 @@ def assemble(
     compare. Collective over ``groups``.
     """
     model = workload.first_model(execution.dtype)
+    refuse_max_norm(model, groups.within.data.size)
     # A checkpoint is read into the plain module, before anything is wrapped around it.
     if state is not None:
         _restore_model(state, model)
