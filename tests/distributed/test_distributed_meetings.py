@@ -110,6 +110,20 @@ def test_a_replica_that_never_has_an_example_takes_the_others_state(
     assert torch.equal(*(tensors[name] for name in kept))
 
 
+def test_a_replica_whose_first_example_comes_late_goes_on_from_the_others_state(
+    pool: Any, tmp_path: Path
+) -> None:
+    x, y = images(16)
+    case = small(batches=[(x[:8], y[:8])] * 2 + [(x, y)] * 3, normalize_over=8, optimizer=adamw)
+    train_apart(pool, case, "dp2/local:2:state=average", tmp_path, last=2)
+    tensors = saved(tmp_path, 2)
+    same_bits(*(replica_of(tensors, r) for r in range(2)))
+    assert tensors["replica-1/1.weight/step"] == 2
+    alone = Case(**{**vars(case), "batches": case.batches[:2]})
+    assert distance(one_device(alone), replica_of(tensors, 1)) < TOLERANCE
+    train_apart(pool, case, "dp2/local:2:state=average", tmp_path, first=2)
+
+
 # ---- DiLoCo
 
 

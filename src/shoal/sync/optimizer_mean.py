@@ -67,7 +67,8 @@ def _described(key: str, value: Any, parameter: Tensor) -> Any:
                 hint="Only state of the parameter's own shape can be averaged: leave "
                 "state=average out.",
             )
-        return {"number": value.item(), "dtype": str(value.dtype)}
+        there = value.device == parameter.device  # step counters may be on the host
+        return {"number": value.item(), "dtype": str(value.dtype), "there": there}
     return {"plain": value}
 
 
@@ -77,4 +78,6 @@ def _made(described: Any, parameter: Tensor) -> Any:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     if "plain" in described:
         return described["plain"]
-    return torch.tensor(described["number"], dtype=_DTYPES.get(described["dtype"], torch.float32))
+    dtype = _DTYPES.get(described["dtype"], torch.float32)
+    device = parameter.device if described["there"] else "cpu"
+    return torch.tensor(described["number"], dtype=dtype, device=device)
