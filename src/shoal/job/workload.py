@@ -13,7 +13,7 @@ from shoal.errors import Refused
 from shoal.job.sharing import Feed, ReplicaFeed, share_of
 from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
 from shoal.recipe import Recipe
-from shoal.strategy import EVERY_STEP, Agreement, Strategy
+from shoal.strategy import EVERY_STEP, Agreement, Compress, Strategy
 
 if TYPE_CHECKING:
     from shoal.parallel.pipeline import StagedReplica
@@ -37,6 +37,7 @@ class Execution:
     sequences: bool = False
     offload: bool = False
     agreement: Agreement = EVERY_STEP
+    compress: Compress | None = None
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -54,6 +55,7 @@ class Execution:
             sequences=strategy.sp,
             offload=strategy.offload,
             agreement=strategy.agreement,
+            compress=strategy.compress,
             dtype=dtype,
         )
 

@@ -7,7 +7,6 @@
 members 0 1 2 3 4 on two replicas            replica 0: 0 2 4      replica 1: 1 3
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -98,9 +97,14 @@ class Team:
         """Loss and metrics of the model; of members their mean. Collective."""
         if isinstance(self.agreement, Solo):
             return self._evaluate_members()
-        meetings = self.job.meetings
-        with contextlib.nullcontext() if meetings is None else meetings.settled():
+        meetings, replica = self.job.meetings, self.job.replica
+        if meetings is None:
             return evaluate(self.job)
+        with meetings.settled():
+            replica.updated()
+            found = evaluate(self.job)
+        replica.updated()
+        return found
 
     def _evaluate_members(self) -> Evaluation:
         group = self.job.groups.within.world
