@@ -31,7 +31,7 @@ def command(
     ] = "single",
     data: Annotated[
         str | None,
-        typer.Option(help="A source: digits:test, a folder. Default: what the recipe evaluates on."),
+        typer.Option(help="A source: digits:test, a folder. Default: what is evaluated on."),
     ] = None,
     out: Annotated[
         Path | None,

@@ -1,10 +1,10 @@
 """Members side by side on one device: what choosing and merging them needs.
 
-    selection     a tenth of the training data      models are chosen on it: best, greedy-soup
-    training      the rest                          statistics are estimated on it
+selection     a tenth of the training data      models are chosen on it: best, greedy-soup
+training      the rest                          statistics are estimated on it
 
-    bench = Bench(members, device)
-    bench.scores(0).accuracy                        # of member 0 on the selection tenth
+bench = Bench(members, device)
+bench.scores(0).accuracy                        # of member 0 on the selection tenth
 """
 
 from collections.abc import Sequence

@@ -76,9 +76,7 @@ def best(bench: Bench) -> int:
     return by_rank(bench)[0]
 
 
-def greedy_soup(
-    bench: Bench, states: Sequence[State]
-) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+def greedy_soup(bench: Bench, states: Sequence[State]) -> tuple[tuple[int, ...], dict[str, Tensor]]:
     """The members of the soup, as they were added, and its weights.
 
     On the selection tenth it is never less accurate than the best member.

@@ -25,7 +25,7 @@ from shoal.job import Resolved, resolve
 from shoal.launch import Context, Ranks, stop_signals_heard
 from shoal.predict.bench import Bench
 from shoal.predict.choosing import How, check_how, make_one
-from shoal.predict.inputs import Spec, asked_for, evaluation_of, labels_by
+from shoal.predict.inputs import asked_for, evaluation_of, labels_by
 from shoal.predict.members import Member, members_of
 from shoal.predict.on_rank import PredictTask, predict_on_rank
 from shoal.predict.parts import PartsFolder, Rows, folder_beside

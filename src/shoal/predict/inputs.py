@@ -1,11 +1,11 @@
 """What is predicted on: any source of a recipe, or a folder of images that nobody has sorted.
 
-    "digits:test"          a split of a known set            labels known
-    "photos"               class folders: labels by the names of the classes that were trained on
-    "holiday"              images and no class folders: no labels
+"digits:test"          a split of a known set            labels known
+"photos"               class folders: labels by the names of the classes that were trained on
+"holiday"              images and no class folders: no labels
 
-    about = Asked.of("photos", train)
-    feed = about.open(train)                     # in order, each example once
+about = Asked.of("photos", train)
+feed = about.open(train)                     # in order, each example once
 """
 
 from dataclasses import dataclass, replace

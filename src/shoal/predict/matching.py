@@ -39,9 +39,7 @@ def match(
     return aligned
 
 
-def _likeness(
-    reference: State, other: State, space: Space, parameters: Collection[str]
-) -> Tensor:
+def _likeness(reference: State, other: State, space: Space, parameters: Collection[str]) -> Tensor:
     """M: [units, units], float64."""
     total = torch.zeros(space.units, space.units, dtype=torch.float64)
     for axis in space.axes:

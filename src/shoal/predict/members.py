@@ -1,11 +1,11 @@
 """The models of some runs: of a solo run each member, of any other run the one model it made.
 
-    solo run       replica-0/ replica-1/ …      a member each
-    local, …       replica-0/ replica-1/ …      one: their mean
-    any other                                   one
+solo run       replica-0/ replica-1/ …      a member each
+local, …       replica-0/ replica-1/ …      one: their mean
+any other                                   one
 
-    found = members_of([run], skip_damaged=False)
-    found.members[0].model(workload)            # an nn.Module with its weights
+found = members_of([run], skip_damaged=False)
+found.members[0].model(workload)            # an nn.Module with its weights
 """
 
 from collections.abc import Sequence

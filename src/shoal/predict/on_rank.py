@@ -12,13 +12,14 @@ rows and with the same number of threads, and the sum is over members in order.
 import contextlib
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.comm import Groups
 from shoal.data import Feed
@@ -78,6 +79,10 @@ def predict_on_rank(context: Context, task: PredictTask) -> dict[str, Any]:
     return {"seconds": seconds, "batches": work.steps - task.first, "bad": work.bad}
 
 
+def _given(model: nn.Module) -> nn.Module:
+    return model
+
+
 def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
 
@@ -93,15 +98,13 @@ class _Work:
         )
         between = groups.between
         members = [Member(**each) for each in task.members]
-        own = (
-            range(between.rank, len(members), between.size) if task.ensemble else range(1)
-        )
+        own = range(between.rank, len(members), between.size) if task.ensemble else range(1)
         self.jobs: list[tuple[int, Job, Feed]] = []
         for number in own:
             member = members[number]
             workload = workload_of(member.recipe, keeps_a_tenth=member.solo)
             model = member.model(workload)
-            made = replace(workload, build_model=lambda model=model: model)
+            made = replace(workload, build_model=partial(_given, model))
             job = assemble(groups, made, execution)
             self.jobs.append((number, job, task.spec.open(member.recipe)))
         # A rank without members has the data's sizes all the same.

@@ -1,13 +1,13 @@
 """Predictions on their way to a file: a part for each batch, so that a second call goes on.
 
-    predictions.csv                        there once all is predicted, whole
-    .predictions.csv.parts/
-      what.json                            which models, data and way: another's parts are not used
-      part-000000.npz part-000001.npz …    ids, labels (−1: unknown), probabilities [n, classes]
+predictions.csv                        there once all is predicted, whole
+.predictions.csv.parts/
+  what.json                            which models, data and way: another's parts are not used
+  part-000000.npz part-000001.npz …    ids, labels (−1: unknown), probabilities [n, classes]
 
-    with PartsFolder.open(target, what) as parts:
-        for step in range(parts.done, steps):
-            parts.write(step, ids, labels, probabilities)
+with PartsFolder.open(target, what) as parts:
+    for step in range(parts.done, steps):
+        parts.write(step, ids, labels, probabilities)
 """
 
 import contextlib

@@ -5,7 +5,7 @@
               └─ block ─┘                       the inputs' and outputs' places stay as they are
 
     spaces = spaces_of(model, inputs, rows=2)
-    spaces[0].axes                    # (Axis("0.weight", 0), Axis("0.bias", 0), Axis("2.weight", 1))
+    spaces[0].axes               # (Axis("0.weight", 0), Axis("0.bias", 0), Axis("2.weight", 1))
     permuted = permute(state, spaces[0], order)
 
 The spaces are read off the model's trace, so that no list of models is needed; an operation that

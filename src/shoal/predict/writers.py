@@ -1,9 +1,9 @@
 """The file of predictions: a row an example, as .parquet, .csv or .jsonl.
 
-    id   file     label   predicted   probabilities            label: null where it is not known
-    0    a.png    cat     cat         [0.98, 0.02]             file: of a folder of images
+id   file     label   predicted   probabilities            label: null where it is not known
+0    a.png    cat     cat         [0.98, 0.02]             file: of a folder of images
 
-    write(target, rows, Naming(classes, files))      # the file is there whole or not at all
+write(target, rows, Naming(classes, files))      # the file is there whole or not at all
 """
 
 import contextlib
