@@ -98,14 +98,15 @@ def evaluation_of(recipe: Recipe) -> Spec:
 def labels_by(
     trained: tuple[str, ...] | None, given: tuple[str, ...] | None
 ) -> tuple[NDArray[np.int64] | None, str | None]:
-    """(the trained label of each given one, or None where labels mean nothing; why)."""
+    """(the trained label of each given one, −1 where they mean nothing, or None for the same; why
+    they are left out)."""
     if given is None:
         return None, None
     if trained is None or trained == given:
         return np.arange(len(given)), None
     strangers = [name for name in given if name not in trained]
     if strangers:
-        return None, (
+        return np.full(len(given), -1), (
             f"labels are left out: the model knows no class `{strangers[0]}` "
             f"(it knows {', '.join(trained[:5])}{', …' if len(trained) > 5 else ''})"
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shoal.comm import Groups
 from shoal.data import Feed
-from shoal.errors import Refused, RunError, Stopped
+from shoal.errors import BadExample, Refused, RunError, Stopped
 from shoal.job import Execution, Job, assemble, workload_of
 from shoal.job.workload import local_batch
 from shoal.launch import Context
@@ -147,6 +147,13 @@ class _Work:
         probabilities = probabilities_of(outputs).cpu()
         about: Any = batch
         columns = [torch.full_like(about.ids, number), about.rows, about.ids, self._labels(about)]
+        if int(columns[-1].max()) >= probabilities.shape[1]:
+            raise BadExample(
+                f"label {int(columns[-1].max())} is outside 0..{probabilities.shape[1] - 1}, the "
+                "classes that the model answers with",
+                hint="Give data with the labels that it was trained on.",
+                step=step,
+            )
         head = torch.stack([column.cpu().double() for column in columns], 1)
         return torch.cat((head, probabilities), 1)
 

@@ -21,7 +21,7 @@ from shoal.run import Run
 
 @pytest.fixture(scope="module")
 def solo(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("solo") / "run", "single/solo:members=3,init=own")
+    return trained(tmp_path_factory.mktemp("solo") / "run", "single/solo:init=own:members=3")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_other_classes_are_refused_and_photos_without_classes_are_not(solo, tmp_
     out = tmp_path / "out.csv"
     found = shoal.predict(run, str(loose), out=out)
     assert found.metrics == {}
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
     assert {row["label"] for row in rows} == {""}
     assert {row["predicted"] for row in rows} <= {"cat", "dog"}
