@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from predicting import trained
 
 import shoal
+from predicting import trained
 from shoal.predict.inputs import Spec
 from shoal.predict.members import members_of
 from shoal.predict.on_rank import PredictTask, predict_on_rank

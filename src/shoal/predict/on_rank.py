@@ -104,7 +104,10 @@ class _Work:
             member = members[number]
             workload = workload_of(member.recipe, keeps_a_tenth=member.solo)
             model = member.model(workload)
-            made = replace(workload, build_model=partial(_given, model))
+            # Batch norm uses its running statistics here. Over whole batches, which microbatches
+            # forbid in training, it would be refused.
+            over = workload.normalize_over or (2 if strategy.pp > 1 else None)
+            made = replace(workload, build_model=partial(_given, model), normalize_over=over)
             job = assemble(groups, made, execution)
             self.jobs.append((number, job, task.spec.open(member.recipe)))
         # A rank without members has the data's sizes all the same.

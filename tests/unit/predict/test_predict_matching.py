@@ -89,5 +89,5 @@ class Ordered(nn.Module):
 
 
 def test_an_operation_without_a_rule_is_named():
-    with pytest.raises(Refused, match="units pass through cumsum at .*test_predict_matching.py"):
+    with pytest.raises(Refused, match=r"units pass through cumsum at .*test_predict_matching\.py"):
         spaces_of(Ordered(), IMAGES, rows=2)

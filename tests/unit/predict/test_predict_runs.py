@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from predicting import trained
 
 import shoal
+from predicting import trained
 from shoal.errors import CheckpointDamaged, Refused, RunFolderError, UsageError
 from shoal.predict import Options, parts
 from shoal.predict.bench import Bench
@@ -155,7 +155,7 @@ def test_a_damaged_member_is_named_and_may_be_skipped(solo, tmp_path):
     start, _ = json.loads(content[8 : 8 + head])[entry["key"]]["data_offsets"]
     content[8 + head + start] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointDamaged, match="member solo/1 is damaged: .*replica-1/1.weight"):
+    with pytest.raises(CheckpointDamaged, match=r"member solo/1 is damaged: .*replica-1/1.weight"):
         shoal.predict(run)
     found = shoal.predict(run, skip_damaged=True)
     assert found.used == ("solo/0", "solo/2")
