@@ -48,10 +48,10 @@ class Compared:
                 lines.append(f"{row['name']:<16} {row['error']}")
                 continue
             low, high = row["intervals"]["accuracy"]
-            values = row["metrics"]
+            right, nll, gap = row["metrics"].values()
             lines.append(
-                f"{row['name']:<16} {values['accuracy']:.4f} [{low:.4f}, {high:.4f}] "
-                f"{values['negative_log_likelihood']:.4f}   {values['calibration_error']:.4f}       "
+                f"{row['name']:<16} {right:.4f} [{low:.4f}, {high:.4f}] "
+                f"{nll:.4f}   {gap:.4f}       "
                 f"{row['forward_passes']}"
             )
         lines += [f"note: {note}" for note in self.document["notes"]]
