@@ -30,9 +30,8 @@ def main() -> None:
         f"steps={given.steps}", f"evaluate.every={given.steps} steps",
         f"checkpoint.every={given.steps} steps", *([f"data.train={given.data}"] * bool(given.data)),
     )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for strategy in ("single", f"dp{given.parts}", f"dp{given.parts}/async:2"):
-        rows.append(train(recipe, strategy, given.out))
+    beside = ("single", f"dp{given.parts}", f"dp{given.parts}/async:2")
+    rows = [train(recipe, strategy, given.out) for strategy in beside]
     apart = {}
     for start in ("same", "own"):
         strategy = f"dp{given.parts}/solo" + (":init=own" if start == "own" else "")
@@ -109,11 +108,11 @@ def lines_of(apart: dict[str, dict[str, Any]]) -> list[str]:
 
 
 WHY = (
-    "Averaged weights are a good model only where the models lie in one basin of the loss. From the",
-    "same start they do for a while, and less the longer they train apart; from starts of their own",
-    "unit 7 of one has nothing to do with unit 7 of the other, and their mean is near chance.",
-    "What helps: a shared start, meeting more often (local:H), matching the units first",
-    "(matched-mean), or not merging at all: the ensemble, which costs a forward pass for each model.",
+    "Averaged weights are a good model only where the models lie in one basin of the loss. From",
+    "the same start they do for a while, and less the longer they train apart; from starts of",
+    "their own unit 7 of one has nothing to do with unit 7 of the other, and their mean is near",
+    "chance. What helps: a shared start, meeting more often (local:H), matching the units first",
+    "(matched-mean); or not merging: the ensemble, which costs a forward pass for each model.",
 )
 
 

@@ -37,7 +37,8 @@ class Member:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Run.open(Path(self.run)).recipe
+        # Members of one run may be unlike.
+        return Run.open(Path(self.run)).recipe.member(self.replica or 0)
 
     @property
     def solo(self) -> bool:
