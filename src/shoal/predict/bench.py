@@ -58,8 +58,9 @@ class Bench:
 
     def setting(self, number: int) -> _Setting:
         member = self.members[number]
-        if member.run not in self._settings:
-            recipe = member.recipe
+        recipe = member.recipe
+        key = f"{member.run} {recipe.fingerprint}"  # members of one run may be unlike
+        if key not in self._settings:
             train, _ = data.resolve(recipe.data)
             plain = train.transform.model_copy(update={"augment": "none"})
             selection = data.open_feed(
@@ -71,8 +72,8 @@ class Bench:
                 tenth="only",
             )
             work = workload_of(recipe, keeps_a_tenth=member.solo)
-            self._settings[member.run] = _Setting(work, selection)
-        return self._settings[member.run]
+            self._settings[key] = _Setting(work, selection)
+        return self._settings[key]
 
     def model(self, number: int) -> nn.Module:
         return self.members[number].model(self.setting(number).workload).to(self.device)
