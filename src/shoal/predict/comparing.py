@@ -95,7 +95,7 @@ def compare_with(runs: Sequence[Run], options: Options) -> Compared:
     rows, notes = _rows(bench, feeds)
     lines, warned = _lines(bench)
     chosen, why = _recommended(rows)
-    document = {
+    document: dict[str, Any] = {
         "how": chosen,
         "members": len(bench),
         "metrics": next(row.scores.metrics() for row in rows if row.name == chosen and row.scores),
