@@ -6,8 +6,8 @@ predictions.csv                        there once all is predicted, whole
   part-000000.safetensors …            ids, labels (−1: unknown), probabilities [n, classes]
 
 with PartsFolder.open(target, what) as parts:
-    for step in range(parts.done, steps):
-        parts.write(step, ids, labels, probabilities)
+    for step in range(parts.done(steps), steps):
+        parts.write(step, Rows(ids, labels, probabilities))
 """
 
 import contextlib
