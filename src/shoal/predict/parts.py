@@ -3,11 +3,11 @@
 predictions.csv                        there once all is predicted, whole
 .predictions.csv.parts/
   what.json                            which models, data and way: another's parts are not used
-  part-000000.npz part-000001.npz …    ids, labels (−1: unknown), probabilities [n, classes]
+  part-000000.safetensors …            ids, labels (−1: unknown), probabilities [n, classes]
 
 with PartsFolder.open(target, what) as parts:
-    for step in range(parts.done, steps):
-        parts.write(step, ids, labels, probabilities)
+    for step in range(parts.done(steps), steps):
+        parts.write(step, Rows(ids, labels, probabilities))
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from shoal.errors import DiskFull, RunError, UsageError
 
@@ -83,20 +84,19 @@ class PartsFolder:
             )
 
     def file(self, step: int) -> Path:
-        return self.path / f"part-{step:06d}.npz"
+        return self.path / f"part-{step:06d}.safetensors"
 
     def done(self, steps: int) -> int:
         """How many parts are there from the first on, all of them whole."""
         for step in range(steps):
             try:
                 self.read(step)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            except (OSError, TypeError, SafetensorError):
                 return step
         return steps
 
     def read(self, step: int) -> Rows:
-        with np.load(self.file(step), allow_pickle=False) as held:
-            return Rows(held["ids"], held["labels"], held["probabilities"])
+        return Rows(**load(self.file(step).read_bytes()))
 
     def write(self, step: int, rows: Rows) -> None:
         """Write a part, whole or not at all. Raises `DiskFull` or `RunError`."""
@@ -104,7 +104,7 @@ class PartsFolder:
         with _writing(self.path):
             try:
                 with temporary.open("wb") as stream:
-                    np.savez(stream, **rows._asdict())
+                    stream.write(save(rows._asdict()))
                     stream.flush()
                     os.fsync(stream.fileno())
                 temporary.replace(self.file(step))

@@ -190,7 +190,7 @@ def test_a_second_call_goes_on_where_the_first_was_cut_off(solo, tmp_path, monke
         shoal.predict(solo, "digits:test", how="mean", out=out)
     assert not out.exists()
     folder = parts.folder_beside(out)
-    (folder / "part-000001.npz").write_bytes(b"half")  # of a disk that lost power
+    (folder / "part-000001.safetensors").write_bytes(b"half")  # of a disk that lost power
     with pytest.raises(UsageError, match="something else: how"):
         shoal.predict(solo, "digits:test", how="best", out=out)
     written[:] = [None] * 3
