@@ -34,7 +34,7 @@ test: $(INSTALLED)  ## Run the tests (under 10 minutes on 2 cores)
 test-long: $(INSTALLED)  ## Run the tests that take minutes each
 	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 1800
 
-coverage-table: $(INSTALLED)  ## Verify every model of the zoo under every strategy; writes docs/coverage.md
+coverage-table: $(INSTALLED)  ## Verify the zoo's models under the strategies; writes docs/coverage.md (an hour)
 	$(TEST_ENV) $(BIN)/python tests/coverage
 
 mutation: $(INSTALLED)  ## Plant bugs; how many does verify find, and name?

@@ -1,6 +1,7 @@
 """Runs the coverage table and writes its page.
 
-python tests/coverage                                          # all cells, docs/coverage.md
+python tests/coverage                                          # the table, docs/coverage.md
+python tests/coverage --full                                   # every model, every strategy
 python tests/coverage --models gpt,u-net --strategies pp2,tp2  # some cells, to look at
 python tests/coverage --json found.json --resume               # go on where it was stopped
 
@@ -28,7 +29,7 @@ PAGE = TESTS.parent / "docs" / "coverage.md"
 
 def main() -> int:
     options = _options()
-    cells = every_cell(options.models, options.strategies)
+    cells = every_cell(options.models, options.strategies, full=options.full)
     some = bool(options.models or options.strategies)
     found = _read(options.json) if options.resume else {}
     with LastingRanks(RANKS) as ranks:
@@ -54,6 +55,7 @@ def _options() -> argparse.Namespace:
 
     parser.add_argument("--models", type=names, default=(), help="names of the zoo, with commas")
     parser.add_argument("--strategies", type=names, default=(), help="strategies, with commas")
+    parser.add_argument("--full", action="store_true", help="every model under every strategy")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds for a cell")
     parser.add_argument("--out", type=Path, help="where the page goes")
     parser.add_argument("--json", type=Path, help="where everything that was found goes")

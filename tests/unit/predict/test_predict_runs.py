@@ -228,3 +228,27 @@ def test_the_comparison_has_every_way_and_a_page(solo, tmp_path):
     assert "greedy-soup" in page
     assert "<script" not in page
     assert json.loads((tmp_path / "page.json").read_text())["how"] == document["how"]
+
+
+def test_one_model_of_several_is_exported(solo, tmp_path):
+    from safetensors.torch import load_file
+
+    from shoal import export
+    from shoal.checkpoint import Checkpoint, replicas
+
+    target = tmp_path / "model.safetensors"
+    with pytest.raises(UsageError, match=r"has \d models, and one file holds one"):
+        export(solo, target)
+    with pytest.raises(UsageError, match="it must be one of best"):
+        export(solo, target, "median")
+    export(solo, target, "mean")
+    merged = load_file(target)
+    state = Checkpoint.open(max(solo.checkpoints_path.glob("step-*")))
+    mean = replicas.Mean.of(state)
+    for name in mean.weights:
+        if "running" not in name and mean.dtype(name).is_floating_point:
+            assert torch.allclose(merged[name], mean.read(name), atol=1e-6)
+    export(solo, target, "best")
+    best = load_file(target)
+    members = [replicas.one_of(state, n).read("0.weight") for n in range(replicas.count(state))]
+    assert any(torch.equal(best["0.weight"], member) for member in members)
