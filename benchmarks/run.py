@@ -35,6 +35,7 @@ QUESTIONS = (
     "memory",
     "model_parallel",
     "bubble",
+    "agreements",
 )
 
 
