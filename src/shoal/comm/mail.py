@@ -67,8 +67,10 @@ class Mail:
             queue.SimpleQueue() for _ in range(group.size)
         ]
         others = [rank for rank in range(group.size) if rank != group.rank]
-        works = [(self._receive_own, group.rank)]
-        works += [(self._receive, rank) for rank in others] + [(self._send, rank) for rank in others]
+        works: list[tuple[Callable[[int], None], int]] = [(self._receive_own, group.rank)]
+        works += [(self._receive, rank) for rank in others] + [
+            (self._send, rank) for rank in others
+        ]
         self._threads = [
             threading.Thread(target=self._guarded, args=work, name="shoal-mail", daemon=True)
             for work in works

@@ -1,6 +1,6 @@
 """Whose tensors are whose in asynchronous SGD.
 
-    owned = share_out(replica, groups, Async(2))      # {"fc.weight": 0, "fc.bias": 1}
+owned = share_out(replica, groups, Async(2))      # {"fc.weight": 0, "fc.bias": 1}
 """
 
 from typing import TYPE_CHECKING, Any

@@ -139,8 +139,9 @@ def not_yet(strategy: Strategy) -> list[str]:
     ]
     if strategy.compress is not None:
         missing.append(str(strategy.compress))
-    if not isinstance(strategy.agreement, Sync | Solo | Local):
+    if not isinstance(strategy.agreement, Sync | Solo | Local | Async):
         missing.append(str(strategy.agreement))
+    missing += _not_async_yet(strategy)
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
     missing += _not_staged_yet(strategy)
@@ -149,6 +150,16 @@ def not_yet(strategy: Strategy) -> list[str]:
     if strategy.exact is not None:
         missing.append(f"exact:{strategy.exact}")
     return missing
+
+
+def _not_async_yet(strategy: Strategy) -> list[str]:
+    """What asynchronous SGD can't be combined with yet: there a replica is one whole rank."""
+    if not isinstance(strategy.agreement, Async):
+        return []
+    cut = [f"{name}{degree}" for name, degree in strategy.axes if name in ("pp", "tp")]
+    cut += [str(strategy.zero)] if strategy.zero is not None else []
+    cut += ["offload"] if strategy.offload else []
+    return [f"{strategy.agreement} with {' and '.join(cut)}"] if cut else []
 
 
 def _not_staged_yet(strategy: Strategy) -> list[str]:

@@ -82,7 +82,7 @@ def cut(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[Bucket]:
     return [Bucket(each) for each in buckets]
 
 
-def view_in(flat: Tensor, start: int, parameter: nn.Parameter) -> Tensor:
+def view_in(flat: Tensor, start: int, parameter: Tensor) -> Tensor:
     """The parameter's place in `flat`, with its strides: optimizers are slow over others."""
     shape, strides = parameter.shape, parameter.stride()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -122,7 +122,10 @@ class Claims:
 
 
 def simulated_seconds(
-    seconds: list[float], bound: int, steps: int, tell: Callable[[Claim], None] = lambda _claim: None
+    seconds: list[float],
+    bound: int,
+    steps: int,
+    tell: Callable[[Claim], None] = lambda _claim: None,
 ) -> float:
     """How long `steps` steps take where worker w needs ``seconds[w]`` for a contribution.
 

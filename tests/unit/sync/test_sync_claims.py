@@ -39,7 +39,8 @@ def test_nothing_is_given_out_from_the_limit_on() -> None:
 def test_what_is_taken_back_is_claimed_again_on_a_newer_version_and_counts_once() -> None:
     claims = Claims(each=2, bound=2)
     slow, quick = claims.claim(0), claims.claim(1)
-    assert slow is not None and quick is not None
+    assert slow is not None
+    assert quick is not None
     assert claims.finish(quick)
     claims.take_back(slow)
     again = claims.claim(1)

@@ -1,11 +1,11 @@
 """`async:S`: asynchronous SGD with a bound on staleness that is enforced, and audited.
 
-    claims (sync/claims.py)     who may start on which contribution
-    coordinator                 rank 0: claims, versions, the ledger
-    shard, parts                an owner's tensors: contributions in order, one update a step
-    member                      one rank: its threads and its letters
+claims (sync/claims.py)     who may start on which contribution
+coordinator                 rank 0: claims, versions, the ledger
+shard, parts                an owner's tensors: contributions in order, one update a step
+member                      one rank: its threads and its letters
 
-    member = Member(groups.mail, course, Place(parts, shard), Ledger(…))
+member = Member(groups.mail, course, Place(parts, shard), Ledger(…))
 """
 
 from shoal.sync.asynchronous.coordinator import Coordinator, Course

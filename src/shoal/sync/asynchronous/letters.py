@@ -1,13 +1,13 @@
 """What ranks say to one another in asynchronous SGD, as the numbers of letters.
 
-    worker ─ READY, FINISHED ─▶ coordinator ─ GRANT, ACCEPT, DISCARD ─▶ worker
-    worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ─ APPLIED ─▶ coordinator
-    coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
+worker ─ READY, FINISHED ─▶ coordinator ─ GRANT, ACCEPT, DISCARD ─▶ worker
+worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ─ APPLIED ─▶ coordinator
+coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
 """
 
 from dataclasses import astuple, dataclass
 from enum import IntEnum
-from typing import NamedTuple, Self
+from typing import Self
 
 
 class Kind(IntEnum):
@@ -26,7 +26,8 @@ class Kind(IntEnum):
     NORM = 11  # step, the square of the norm of the owner's part
 
 
-class Finished(NamedTuple):
+@dataclass(frozen=True)
+class Finished:
     """A contribution as its worker tells of it: sums over its examples."""
 
     step: int
@@ -41,6 +42,10 @@ class Finished(NamedTuple):
     def of(cls, numbers: tuple[float, ...]) -> Self:
         step, index, attempt, loss, count, bad, refused = numbers[:7]
         return cls(int(step), int(index), int(attempt), loss, count, bad, bool(refused))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return tuple(float(value) for value in astuple(self))
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,4 @@ class Record:
     @classmethod
     def of(cls, numbers: tuple[float, ...]) -> Self:
         step, loss, count, stop, seconds, bad, failed, boundary, culprit = numbers[:9]
-        return cls(
-            int(step), loss, count, stop, seconds, bad, failed, bool(boundary), int(culprit)
-        )
+        return cls(int(step), loss, count, stop, seconds, bad, failed, bool(boundary), int(culprit))

@@ -1,11 +1,11 @@
 """One rank of asynchronous SGD: a worker, an owner of a part of the weights, or both.
 
-    main thread     next ─▶ load(version) ─▶ (forward, backward) ─▶ finish ─▶ next …
-    mail's threads  letters in and out, while the main thread computes
-    owner's thread  pieces ─▶ sum in order ─▶ update ─▶ version k + 1
+main thread     next ─▶ load(version) ─▶ (forward, backward) ─▶ finish ─▶ next …
+mail's threads  letters in and out, while the main thread computes
+owner's thread  pieces ─▶ sum in order ─▶ update ─▶ version k + 1
 
-    member.ready(step)
-    found = member.next(step)          # a `Grant` to work on, or the `Record` of the step
+member.ready(step)
+found = member.next(step)          # a `Grant` to work on, or the `Record` of the step
 """
 
 import queue
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from shoal.sync.asynchronous.shard import Piece, Shard
 LOOK_ROUND_S = 1.0
 
 
-class Grant(NamedTuple):
+@dataclass(frozen=True)
+class Grant:
     """A contribution that this rank is to compute; ``is_refused``: only to say that it was not."""
 
     step: int
@@ -69,8 +70,8 @@ class Member:
         self._grant: Grant | None = None
         self._weights: dict[int, tuple[int, Tensor | None]] = {}
         self._asked: dict[int, int] = {}
-        self._outbox: dict[tuple[int, int, int], list[tuple[int, Tensor | None]]] = {}
-        self._finished: dict[tuple[int, int, int], tuple[int, float]] = {}
+        self._outbox: dict[tuple[int, ...], list[tuple[int, Tensor | None]]] = {}
+        self._finished: dict[tuple[int, ...], tuple[int, float]] = {}
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
         self._norms: dict[int, dict[int, float]] = {}
         self._failure: BaseException | None = None
@@ -81,7 +82,7 @@ class Member:
         if group.rank == 0:
             ledger = ledger or Ledger()
             self.coordinator = Coordinator(course, self._post, ledger.write, ledger.tell)
-        self._threads = []
+        self._threads: list[threading.Thread] = []
         dtype = next(iter(place.parts.values())).dtype
         self.mail = Mail(group, dtype, self._handle, self._wake)
         self.mail.start()
@@ -148,7 +149,7 @@ class Member:
         with self._changed:
             self._outbox[key] = letters
             self._finished[key] = grant.version, told.count
-        self._post(0, Kind.FINISHED, told)
+        self._post(0, Kind.FINISHED, told.numbers)
 
     def close(self) -> None:
         """Leave, once nothing is left to do. Collective."""
@@ -231,7 +232,7 @@ class Member:
         self._weights[letter.source] = version, letter.payload if is_there else None
 
     def _on_accept(self, letter: Letter) -> None:
-        step, index, attempt = key = letter.whole(3)
+        key = step, index, _ = letter.whole(3)
         version, count = self._finished.pop(key)
         for owner, gradient in self._outbox.pop(key):
             numbers = step, index, version, count, gradient is not None

@@ -55,7 +55,9 @@ class Part:
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.parameters = [each for each in tensors.values() if isinstance(each, nn.Parameter)]
+        self.parameters: list[Tensor] = [
+            each for each in tensors.values() if isinstance(each, nn.Parameter)
+        ]
         self.buffers = [each for each in tensors.values() if _changes(each)]
         sizes = [each.numel() for each in (*self.parameters, *self.buffers)]
         self._starts = list(itertools.accumulate(sizes, initial=0))

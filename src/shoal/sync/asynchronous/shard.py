@@ -15,7 +15,6 @@ is over the others. The last S + 1 versions are kept, as workers may still ask f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from torch.optim import Optimizer
 from shoal.sync.asynchronous.parts import Part
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Piece:
     """A contribution to this part; ``gradient`` None where there is nothing to add."""
 
     step: int
