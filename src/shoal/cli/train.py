@@ -59,14 +59,7 @@ def command(
     replay: Replay = None,
     comm: Comm = Carrier.AUTO,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show more.")] = False,
-    as_json: Replay = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="LEDGER",
-        help="Apply contributions in the order of an asynchronous run: its staleness.jsonl.",
-    ),
-]
-AsJson = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe on the devices of this machine (or as a rank of torchrun or Slurm)."""
@@ -80,9 +73,7 @@ AsJson = False,
 
         loaded = load_recipe(recipe, tuple(changes or ()))
         transport = "shared_memory" if comm is Carrier.SHM else comm.value
-        options = Options(
-            out, resume, max_restarts, verbose, replay=replay, transport=transport
-        )
+        options = Options(out, resume, max_restarts, verbose, replay=replay, transport=transport)
         ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options, begin)
     if ended.error is not None:
         leave(ended.error, ended.exit_status, debug, ended.document, as_json=as_json)
