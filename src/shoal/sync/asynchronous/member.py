@@ -68,8 +68,12 @@ class Member:
         self._owners = tuple(place.parts)
         self._records: dict[int, Record] = {}
         self._grant: Grant | None = None
-        self._weights: dict[int, tuple[int, Tensor | None]] = {}
-        self._asked: dict[int, int] = {}
+        # By owner: versions that have come (None: too old to be had), and what was asked for.
+        self._weights: dict[int, dict[int, Tensor | None]] = {each: {} for each in self._owners}
+        self._asked: dict[int, set[int]] = {each: set() for each in self._owners}
+        self._needed = -1  # the version that the main thread works with next
+        self._loaded: dict[int, Tensor] = {}  # what the model has been given last
+        self._works = group.rank in course.workers
         self._outbox: dict[tuple[int, ...], list[tuple[int, Tensor | None]]] = {}
         self._finished: dict[tuple[int, ...], tuple[int, float]] = {}
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
@@ -126,13 +130,14 @@ class Member:
     def load(self, version: int) -> bool:
         """Give the model the weights of a version; False where it is too old to be had."""
         with self._changed:
+            self._needed = version
             self._pull(version)
-        self._wait(lambda: all(self._has(owner, version) for owner in self._owners))
-        if any(self._weights[owner][1] is None for owner in self._owners):
-            return False
+        self._wait(lambda: all(version in self._weights[owner] for owner in self._owners))
         for owner, part in self._place.parts.items():
-            flat = self._weights[owner][1]
-            assert flat is not None
+            flat = self._weights[owner][version]
+            if flat is None:
+                return False
+            self._loaded[owner] = flat
             part.load(flat)
         return True
 
@@ -143,8 +148,8 @@ class Member:
         """
         letters: list[tuple[int, Tensor | None]] = []
         for owner, part in self._place.parts.items():
-            begun_with = self._weights[owner][1] if has_gradient else None
-            letters.append((owner, None if begun_with is None else part.gradient(begun_with)))
+            gradient = part.gradient(self._loaded[owner]) if has_gradient else None
+            letters.append((owner, gradient))
         key = grant.step, grant.index, grant.attempt
         with self._changed:
             self._outbox[key] = letters
@@ -205,19 +210,20 @@ class Member:
     def _on_record(self, letter: Letter) -> None:
         record = Record.of(letter.numbers)
         self._records[record.step] = record
+        # Beside what is being computed: a worker that has to wait for it then has it.
+        if self._works and not any(self._asked.values()):
+            self._pull(record.step + 1)
 
     def _on_grant(self, letter: Letter) -> None:
         step, index, attempt, version, refused = letter.whole(5)
         self._grant = Grant(step, index, attempt, version, bool(refused))
+        self._needed = version
         self._pull(version)  # it is under way before the main thread wakes
-
-    def _has(self, owner: int, version: int) -> bool:
-        return self._weights.get(owner, (-1, None))[0] == version
 
     def _pull(self, version: int) -> None:
         for owner in self._owners:
-            if not self._has(owner, version) and self._asked.get(owner) != version:
-                self._asked[owner] = version
+            if version not in self._weights[owner] and version not in self._asked[owner]:
+                self._asked[owner].add(version)
                 self._post(owner, Kind.PULL, (version,))
 
     def _on_pull(self, letter: Letter) -> None:
@@ -229,7 +235,11 @@ class Member:
 
     def _on_weights(self, letter: Letter) -> None:
         version, is_there = letter.whole(2)
-        self._weights[letter.source] = version, letter.payload if is_there else None
+        self._asked[letter.source].discard(version)
+        there = self._weights[letter.source]
+        there[version] = letter.payload if is_there else None
+        for other in [each for each in there if each not in (version, self._needed)]:
+            del there[other]
 
     def _on_accept(self, letter: Letter) -> None:
         key = step, index, _ = letter.whole(3)
