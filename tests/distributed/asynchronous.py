@@ -72,6 +72,7 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
     from shoal.strategy import Async
     from shoal.train.step import Flags
 
+    faulthandler.dump_traceback_later(30, exit=True)
     groups = _groups(context)
     way = Async(how.bound, how.servers, how.compensate)
     build = how.builds.get(context.rank, case.build)
@@ -86,7 +87,8 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
             if (step + 1) % how.boundary_every == 0:
                 crew.settle()
     except NotFinite as error:
-        groups.world.all_reduce(torch.zeros(1), "metric")
+        crew.close()
+        groups.close()
         return {"error": [error.rank, error.step]}
     crew.settle()
     held = {

@@ -24,11 +24,7 @@ def small(steps: int = 8, **options: Any) -> Case:
 def schedule(steps: int, each: int, bound: int) -> list[dict[str, Any]]:
     """A ledger with every staleness that the bound allows."""
     return [
-        {
-            "step": step,
-            "index": index,
-            "computed_on": step - min(step, (step + index) % (bound + 1)),
-        }
+        {"step": step, "index": index, "computed_on": max(0, step - (step + index) % (bound + 1))}
         for step in range(steps)
         for index in range(each)
     ]
@@ -105,7 +101,7 @@ def test_the_bound_holds_under_random_delays_and_a_replay_gives_the_same_bits(
 class Held(nn.Module):
     """Its first forward pass waits for a file, which another's `at`-th writes."""
 
-    def __init__(self, file: Path, at: int | None, bad: bool = False) -> None:
+    def __init__(self, file: Path, at: int | None) -> None:
         super().__init__()
         self.inner = mlp(256, 5, [16])
         self._file, self._at, self._calls = file, at, 0

@@ -29,7 +29,7 @@ from shoal.comm.groups import Group
 
 NUMBERS = 10  # of a letter, at most
 _HEADER = NUMBERS + 2  # and its kind, and the size of its payload
-_END, _STILL_HERE = -1, -2
+_ASKS_NO_MORE, _END, _STILL_HERE = -1, -2, -3
 STILL_HERE_S = 30.0  # so often a silent rank says that it is there: gloo's receives have a deadline
 
 
@@ -71,6 +71,7 @@ class Mail:
         works += [(self._receive, rank) for rank in others] + [
             (self._send, rank) for rank in others
         ]
+        self._no_more = threading.Semaphore(0)
         self._threads = [
             threading.Thread(target=self._guarded, args=work, name="shoal-mail", daemon=True)
             for work in works
@@ -100,8 +101,17 @@ class Mail:
         self._out[to].put((header, payload))
 
     def close(self) -> None:
-        """Let the last letters arrive. Collective; raises what has ended a thread."""
-        for rank in range(self._group.size):
+        """Let the last letters arrive, and the answers to them. Collective.
+
+        Raises what has ended a thread.
+        """
+        everyone = range(self._group.size)
+        for rank in everyone:
+            self.send(rank, _ASKS_NO_MORE)
+        # What others have asked before that is answered by then, and the answers are queued.
+        for _ in everyone:
+            self._no_more.acquire()
+        for rank in everyone:
             self.send(rank, _END)
         for thread in self._threads:
             thread.join()
@@ -115,6 +125,7 @@ class Mail:
         except BaseException as error:
             if self.failure is None:
                 self.failure = error
+            self._no_more.release(self._group.size)  # nobody waits for what does not come
             self._failed()
 
     def _send(self, to: int) -> None:
@@ -142,15 +153,20 @@ class Mail:
                 payload = torch.empty(int(size), dtype=self._dtype)
                 if size:
                     dist.recv(payload, group=self._group.process_group, group_src=source)
-            if kind == _END:
+            if not self._take(Letter(source, int(kind), tuple(numbers), payload)):
                 return
-            if kind != _STILL_HERE:
-                self._handle(Letter(source, int(kind), tuple(numbers), payload))
 
     def _receive_own(self, rank: int) -> None:
         while True:
             header, payload = self._out[rank].get()
             kind, _, *numbers = header.tolist()
-            if kind == _END:
+            if not self._take(Letter(rank, int(kind), tuple(numbers), payload)):
                 return
-            self._handle(Letter(rank, int(kind), tuple(numbers), payload))
+
+    def _take(self, letter: Letter) -> bool:
+        """Handle a letter; False for the last one of its source."""
+        if letter.kind == _ASKS_NO_MORE:
+            self._no_more.release()
+        elif letter.kind not in (_END, _STILL_HERE):
+            self._handle(letter)
+        return letter.kind != _END
