@@ -72,7 +72,6 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
     from shoal.strategy import Async
     from shoal.train.step import Flags
 
-    faulthandler.dump_traceback_later(30, exit=True)
     groups = _groups(context)
     way = Async(how.bound, how.servers, how.compensate)
     build = how.builds.get(context.rank, case.build)
