@@ -187,10 +187,14 @@ class Coordinator:
         patience = max(PATIENCE_S, PATIENCE_TIMES * self._longest)
         if not self._free or not self._longest:
             return
-        for claim in list(self.claims.held.values()):
-            if self.seconds - self._since[claim.key] > patience:
-                self.claims.take_back(claim)
-                self.taken_back += 1
-                message = f"nothing was heard of a claim for {patience:.0f} s: another takes it"
-                self._tell("taken back", message, claim.worker, claim.step)
+        overdue = [
+            claim
+            for claim in self.claims.held.values()
+            if self.seconds - self._since[claim.key] > patience
+        ]
+        for claim in sorted(overdue, key=lambda each: each.key)[: len(self._free)]:
+            self.claims.take_back(claim)
+            self.taken_back += 1
+            message = f"nothing was heard of a claim for {patience:.0f} s: another takes it"
+            self._tell("taken back", message, claim.worker, claim.step)
         self.dispatch()
