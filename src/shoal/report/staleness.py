@@ -45,6 +45,7 @@ def staleness_text(summary: Mapping[str, Any]) -> str:
     mean, largest = number(given.get("mean")), number(given.get("largest"))
     if not (math.isfinite(mean) and math.isfinite(largest)):
         return ""
-    text = f"staleness {mean:.2g} on average, at most {largest:g} (bound {text_of(given.get('bound'))})"
+    bound = text_of(given.get("bound"))
+    text = f"staleness {mean:.2g} on average, at most {largest:g} (bound {bound})"
     refused = number(given.get("refused"))
     return text + (f", {refused:,.0f} contributions refused" if refused > 0 else "")
