@@ -91,10 +91,12 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
         return {"error": [error.rank, error.step]}
     crew.settle()
     held = {
-        name: tensor.detach().contiguous()
+        name: tensor.detach().clone().contiguous()
         for name, tensor in job.replica.holding.state_dict().items()
     }
-    computed = {name: each.contiguous() for name, each in job.replica.model.state_dict().items()}
+    computed = {
+        name: each.clone().contiguous() for name, each in job.replica.model.state_dict().items()
+    }
     save_file(held, Path(folder) / f"held-{context.rank}.safetensors")
     save_file(computed, Path(folder) / f"model-{context.rank}.safetensors")
     counts = crew.counts

@@ -30,6 +30,22 @@ def schedule(steps: int, each: int, bound: int) -> list[dict[str, Any]]:
     ]
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, another that nothing uses, and a table with infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.second.weight = self.first.weight
+        self.unused, self.last = nn.Linear(3, 3), nn.Linear(256, 5)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1)).tanh()
+        outputs: Tensor = self.last(self.second(hidden).tanh())
+        return outputs
+
+
 @pytest.mark.parametrize(
     ("ranks", "servers", "options", "compensate"),
     [
@@ -38,6 +54,7 @@ def schedule(steps: int, each: int, bound: int) -> list[dict[str, Any]]:
         (2, 0, {}, 2.0),
         (4, 0, {"clip_norm": 0.5}, 1.0),  # the batch of 3 leaves one worker without examples
         (3, 1, {}, 0.0),
+        (2, 0, {"build": lambda: Tied()}, 0.0),
     ],
 )
 def test_a_schedule_gives_what_a_plain_loop_over_it_gives(
