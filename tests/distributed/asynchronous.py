@@ -144,12 +144,18 @@ def simulate(case: Case, ledger: list[dict[str, Any]], how: How, each: int) -> d
                 model(cast(inputs[start:stop], case.dtype)), targets[start:stop]
             )
             (total / count).backward()
-            parts.append((float(count), base, [p.grad.clone() for p in model.parameters()]))
+            # What no contribution uses has no gradient, and is not decayed either.
+            left = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            parts.append((float(count), base, left))
         _set(model, versions[step])
         for place, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None
             for count, base, gradients in parts:
                 g = gradients[place]
+                if g is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 moved = versions[step][place] - base[place]
                 g = g + how.compensate * g * g * moved
                 parameter.grad += count / sum(part[0] for part in parts) * g
