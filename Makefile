@@ -10,7 +10,7 @@ PEERS_INSTALL := $(PEERS)/bin/python -I -m pip install --quiet --disable-pip-ver
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long mutation coverage-table lint bench docs clean
+.PHONY: help install train article test test-long mutation coverage-table lint bench docs clean
 
 help:  ## Show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -25,13 +25,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt src/shoal/comm/shared_memo
 train: $(INSTALLED)  ## Train a ResNet on real images, on two ranks
 	$(BIN)/shoal train recipes/digits.yaml --strategy dp2
 
+article: $(INSTALLED)  ## The procedure of the article that Shoal began with (about 10 minutes)
+	$(BIN)/python examples/article.py
+
 test: $(INSTALLED)  ## Run the tests (under 10 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup
 
 test-long: $(INSTALLED)  ## Run the tests that take minutes each
 	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 1800
 
-coverage-table: $(INSTALLED)  ## Verify every model of the zoo under every strategy; writes docs/coverage.md
+coverage-table: $(INSTALLED)  ## Verify the zoo's models under the strategies; writes docs/coverage.md (an hour)
 	$(TEST_ENV) $(BIN)/python tests/coverage
 
 mutation: $(INSTALLED)  ## Plant bugs; how many does verify find, and name?

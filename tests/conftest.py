@@ -146,6 +146,9 @@ SAMPLED = {
     "test_distributed_tensor_sequence.py": 4,
     "test_distributed_comm_bytes.py": 3,
     "test_trace_segments.py": 3,
+    "test_distributed_meetings.py": 3,
+    "test_distributed_compression.py": 3,
+    "test_distributed_convergence.py": 2,
 }
 _seen: Counter[str] = Counter()
 

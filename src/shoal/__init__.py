@@ -13,7 +13,7 @@ from shoal.version import __version__
 if TYPE_CHECKING:
     from shoal import errors
     from shoal.cluster import Cluster
-    from shoal.predict import export
+    from shoal.predict import export, predict
     from shoal.recipe import Recipe
     from shoal.run import Run
     from shoal.strategy import Strategy
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "errors",
     "export",
+    "predict",
     "train",
     "verify",
 ]
@@ -40,6 +41,7 @@ _HOMES = {
     "Run": "shoal.run",
     "Strategy": "shoal.strategy",
     "export": "shoal.predict",
+    "predict": "shoal.predict",
     "train": "shoal.train",
     "verify": "shoal.verify",
 }

@@ -1,7 +1,9 @@
 """Runs the coverage table and writes its page.
 
-python tests/coverage                                          # all cells, docs/coverage.md
+python tests/coverage                                          # the table, docs/coverage.md
+python tests/coverage --full                                   # every model, every strategy
 python tests/coverage --models gpt,u-net --strategies pp2,tp2  # some cells, to look at
+python tests/coverage --json found.json --resume               # go on where it was stopped
 
 Exit status 1 if a cell is wrong, broken or hung.
 """
@@ -27,18 +29,19 @@ PAGE = TESTS.parent / "docs" / "coverage.md"
 
 def main() -> int:
     options = _options()
-    cells = every_cell(options.models, options.strategies)
+    cells = every_cell(options.models, options.strategies, full=options.full)
     some = bool(options.models or options.strategies)
-    outcomes: dict[Cell, Outcome] = {}
+    found = _read(options.json) if options.resume else {}
     with LastingRanks(RANKS) as ranks:
         for cell in cells:
-            outcomes[cell] = run_cell(ranks, SUBJECTS[cell[0]], cell[1], timeout_s=options.timeout)
-            _tell(cell, outcomes[cell])
+            if cell in found:
+                continue
+            found[cell] = run_cell(ranks, SUBJECTS[cell[0]], cell[1], timeout_s=options.timeout)
+            _tell(cell, found[cell])
+            _write(options.json, found)
+    outcomes = {cell: found[cell] for cell in cells}
     if options.out is not None or not some:
         (options.out or PAGE).write_text(page(outcomes), encoding="utf-8")
-    if options.json is not None:
-        told = [{"model": m, "strategy": s, **o.to_json()} for (m, s), o in outcomes.items()]
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     bad = sum(not outcome.good for outcome in outcomes.values())
     print(f"{len(outcomes)} cells, {bad} wrong", file=sys.stderr)
     return 1 if bad else 0
@@ -52,10 +55,35 @@ def _options() -> argparse.Namespace:
 
     parser.add_argument("--models", type=names, default=(), help="names of the zoo, with commas")
     parser.add_argument("--strategies", type=names, default=(), help="strategies, with commas")
+    parser.add_argument("--full", action="store_true", help="every model under every strategy")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds for a cell")
     parser.add_argument("--out", type=Path, help="where the page goes")
     parser.add_argument("--json", type=Path, help="where everything that was found goes")
-    return parser.parse_args()
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the cells that --json's file has"
+    )
+    given = parser.parse_args()
+    if given.resume and given.json is None:
+        parser.error("--resume needs --json FILE")
+    return given
+
+
+def _read(path: Path) -> dict[Cell, Outcome]:
+    """What an earlier run has written; nothing if there was none."""
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return {(one.pop("model"), one.pop("strategy")): Outcome.of(one) for one in told}
+
+
+def _write(path: Path | None, found: dict[Cell, Outcome]) -> None:
+    """After each cell: the whole table takes an hour or two."""
+    if path is None:
+        return
+    told = [{"model": m, "strategy": s, **o.to_json()} for (m, s), o in found.items()]
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
 
 
 def _tell(cell: Cell, outcome: Outcome) -> None:

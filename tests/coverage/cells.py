@@ -54,6 +54,11 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Self:
+        """From `to_json`."""
+        return cls(**{**told, "said": tuple(told["said"])})
+
 
 class Caller(Protocol):
     """Ranks that run one function after the other, and start again after a crash."""

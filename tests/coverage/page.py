@@ -25,6 +25,9 @@ batches that do not divide evenly: **=** equal to one device (every output, loss
 weight and optimizer state within 1e-10), a number where it is refused, with the reason below.
 {count}
 
+Models that are listed for it run under every strategy; of the others, which have one thing each
+that is special, an empty cell is one that is not in the table (`python tests/coverage --full`).
+
 The models are tiny and their weights random. They are in `tests/zoo`, plain modules that know
 nothing of Shoal.
 """

@@ -26,10 +26,31 @@ EAGER = ("dp3", "dp2/zero1", "dp2/zero3")
 SLOW = ("resnet", "hf-")  # seconds to trace on each rank
 
 
-def every_cell(models: tuple[str, ...] = (), strategies: tuple[str, ...] = ()) -> list[Cell]:
-    """All cells, or those of some models and strategies; row by row. Raises KeyError."""
+# These are what Shoal has to be right for, under everything; the others, one of a kind each, are
+# there for what is special about them, and six strategies show that.
+EVERYWHERE = (
+    "resnet18", "resnet18-groups-of-3", "resnet18-group-norm", "resnet18-depthwise",
+    "resnet18-depthwise-group-norm", "resnet101", "resnet101-depthwise", "u-net", "densenet",
+    "video", "gpt", "encoder", "mlp-uneven",
+    "hf-gpt2", "hf-llama", "hf-bert", "hf-vit", "hf-t5", "hf-mixtral",
+)  # fmt: skip
+FEW = ("dp2", "dp2/mb:2", "dp2/zero3", "tp2", "pp2", "pp2.tp2")
+
+
+def every_cell(
+    models: tuple[str, ...] = (), strategies: tuple[str, ...] = (), *, full: bool = False
+) -> list[Cell]:
+    """The table's cells, or those of some models and strategies; row by row. Raises KeyError.
+
+    ``full``: every model under every strategy.
+    """
     rows = [SUBJECTS[name].name for name in models] or list(SUBJECTS)
-    return [(name, strategy) for name in rows for strategy in strategies or STRATEGIES]
+    full = full or bool(models)
+
+    def columns(name: str) -> tuple[str, ...]:
+        return strategies or (STRATEGIES if full or name in EVERYWHERE else FEW)
+
+    return [(name, strategy) for name in rows for strategy in columns(name)]
 
 
 def sample(

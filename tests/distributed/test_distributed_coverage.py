@@ -94,3 +94,59 @@ def test_the_whole_table_has_no_wrong_cell():
     assert not wrong
     # A model that waits for nothing any more must not be excused.
     assert waiting == {name for name, subject in SUBJECTS.items() if subject.waits_for}
+
+
+def with_a_mask_that_no_checkpoint_has():
+    import torch
+    from torch import nn
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.register_buffer("mask", torch.rand(8), persistent=False)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu() * self.mask)
+
+    return Masked()
+
+
+def with_a_token_for_each_row():
+    import torch
+    from torch import nn
+
+    class Classed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.token = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 8))
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(16, 3)
+
+        def forward(self, x):
+            token = self.token.expand(len(x), -1)  # the number of rows, as a plain number
+            return self.last(self.drop(torch.cat([token, self.first(x).relu()], 1)))
+
+    return Classed()
+
+
+def six_features(step):
+    import torch
+
+    made = torch.Generator().manual_seed(step)
+    return torch.randn(5, 6, generator=made), torch.randint(3, (5,), generator=made)
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy"),
+    [
+        (with_a_mask_that_no_checkpoint_has, "tp2"),
+        (with_a_token_for_each_row, "pp2"),
+        (with_a_token_for_each_row, "tp2"),
+    ],
+)
+def test_masks_of_their_own_and_rows_that_are_counted(pool, model, strategy):
+    from torch.nn.functional import cross_entropy
+
+    subject = Subject(model.__name__, model, six_features, cross_entropy, "")
+    outcome = cells.run_cell(pool, subject, strategy, timeout_s=100)
+    assert outcome.verdict == "equal", outcome.reason

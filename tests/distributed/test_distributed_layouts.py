@@ -12,9 +12,10 @@ from shoal.launch import Context
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
-from shoal.train import loop
+from shoal.train import team
 from shoal.train.commit import Committer
 from shoal.train.entry import run_on_rank
+from shoal.train.step import Flags
 from shoal.train.stop import Convergence
 
 RECIPE = {
@@ -39,26 +40,28 @@ def _moved(
 
     ``copy``: the run folder for that.
     """
-    plain = loop.train_step
+    plain = team.train_step
     state = {"first": True}
 
     def step(job: Any, number: int, *others: Any) -> Any:
         if state["first"] and copy is not None:
             recipe = Recipe.from_dict(task["recipe"])
-            again = Committer(job, recipe, Run.open(Path(copy)), "x", lambda _message: None)
+            again = Committer(
+                team.Team((job,)), recipe, Run.open(Path(copy)), "x", lambda _message: None
+            )
             again.commit(number, Convergence("loss"), {})
             again.wait()
         state["first"] = False
         if number + 1 == stop_after:
             context.stop_requested.set()
-            others = (loop.Flags(stop=1.0), *others[1:])
+            others = (Flags(stop=1.0), *others[1:])
         return plain(job, number, *others)
 
-    loop.train_step = step
+    team.train_step = step
     try:
         return run_on_rank(context, task)
     finally:
-        loop.train_step = plain
+        team.train_step = plain
         context.stop_requested.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

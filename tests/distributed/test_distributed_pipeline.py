@@ -159,6 +159,20 @@ def clipped(dropout: float = 0.0) -> nn.Sequential:
     )  # fmt: skip
 
 
+class MindsOne(nn.Module):
+    """What it computes for a batch of one example is something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        states = torch.tanh(self.first(rows))
+        if rows.shape[0] == 1:
+            states = (states * 2).squeeze().unsqueeze(0)
+        return self.second(states)
+
+
 def of_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets.flatten())
 
@@ -208,6 +222,7 @@ PP2_DP2, DP2_PP2 = (("pp", 2), ("dp", 2)), (("dp", 2), ("pp", 2))
         (RESIDUAL, PP2, How("zbv", 5)),
         (RESIDUAL, PP2_DP2, How("1f1b", 3)),
         (texts(), PP4, How("1f1b", 8)),
+        (texts(), PP2, How("interleaved", 8, 2)),  # shapes told both ways at once
         (texts(), PP3, How("interleaved", 6, 2)),
         (texts(), PP2, How("zb", 3, 2)),
         (texts(), PP2_DP2, How("1f1b", 4)),
@@ -236,6 +251,16 @@ def test_equal_to_one_device(pool: Any, tmp_path: Path, case: Case, axes: Any, h
 def test_tensor_parallel_stages(pool: Any, tmp_path: Path) -> None:
     axes = (("pp", 2), ("tp", 2))
     check(compare_staged(pool, axes, texts(0.2), tmp_path, How("zb", 3, random=True)))
+
+
+@pytest.mark.parametrize("axes", [PP2, (("tp", 2),)])
+def test_a_batch_of_one_example_is_not_a_microbatch_of_one(
+    pool: Any, tmp_path: Path, axes: Any
+) -> None:
+    inputs, targets = MLP.batches[0]
+    sizes = (3, 1, 3, 1)
+    case = Case(build=MindsOne, batches=[(inputs[:n], targets[:n]) for n in sizes])
+    check(compare_staged(pool, axes, case, tmp_path, How("1f1b", 3)))
 
 
 def test_a_replica_without_rows_takes_part(pool: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from shoal.launch import Context
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.strategy import Strategy
-from shoal.train import loop
+from shoal.train import team
 from shoal.train.entry import run_on_rank
 
 RECIPE = {
@@ -51,7 +51,7 @@ class _FullAt:
 def _failing(context: Context, rank: int, at: int, task: dict[str, Any]) -> dict[str, Any]:
     """A rank's part of a run; `rank` cannot write at `at`. What it raised, and in which step."""
     done: list[int] = []
-    step, write = loop.train_step, os.write
+    step, write = team.train_step, os.write
 
     def counted(job: Any, number: int, *others: Any) -> Any:
         result = step(job, number, *others)
@@ -59,7 +59,7 @@ def _failing(context: Context, rank: int, at: int, task: dict[str, Any]) -> dict
         time.sleep(0.005)  # so that what fails in a thread is found well before the next save
         return result
 
-    loop.train_step = counted
+    team.train_step = counted
     if context.rank == rank:
         files.os.write = _FullAt(at)  # type: ignore[assignment]
     try:
@@ -67,7 +67,7 @@ def _failing(context: Context, rank: int, at: int, task: dict[str, Any]) -> dict
     except ShoalError as error:
         return {"error": error.to_json() | {"traceback": None}, "steps": done[-1]}
     finally:
-        loop.train_step, files.os.write = step, write
+        team.train_step, files.os.write = step, write
         if dist.is_initialized():
             dist.destroy_process_group()
     return {"error": None, "steps": done[-1]}

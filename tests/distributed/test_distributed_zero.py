@@ -463,6 +463,7 @@ def _train(groups: Any, case: Case, folder: str, start: int, stop: int) -> bool:
     from shoal.train.commit import Committer
     from shoal.train.step import Flags, train_step
     from shoal.train.stop import Convergence
+    from shoal.train.team import Team
 
     checkpoints = Path(folder)
     found = checkpoints / f"step-{start:09d}"
@@ -473,7 +474,7 @@ def _train(groups: Any, case: Case, folder: str, start: int, stop: int) -> bool:
         train_step(job, step, Flags())
     recipe = SimpleNamespace(fingerprint="case", checkpoint=SimpleNamespace(keep=9))
     run = SimpleNamespace(checkpoints_path=checkpoints)
-    committer = Committer(job, recipe, run, "any", lambda _message: None)
+    committer = Committer(Team((job,)), recipe, run, "any", lambda _message: None)
     committer.commit(stop, Convergence("loss"), {})
     committer.wait()
     return same

@@ -19,6 +19,10 @@ OPTIONS = {
         "--strategy", "-s", "--out", "--set", "--resume", "--max-restarts", "--comm", "--verbose",
         "--replay", "--json", "--debug", "--help", "-h",
     },
+    "predict": {
+        "--how", "--strategy", "-s", "--data", "--out", "--compare", "--skip-damaged", "--json",
+        "--debug", "--help", "-h",
+    },
     "export": {"--out", "--json", "--debug", "--help", "-h"},
     "verify": {
         "--strategy", "-s", "--steps", "--dtype", "--set", "--out", "--json", "--debug", "--help",
@@ -30,7 +34,7 @@ OPTIONS = {
 def test_public_names():
     assert set(shoal.__all__) == {
         "Certificate", "Cluster", "Recipe", "Run", "Strategy", "__version__", "errors",
-        "export", "train", "verify",
+        "export", "predict", "train", "verify",
     }  # fmt: skip
     for name in shoal.__all__:
         assert getattr(shoal, name) is not None

@@ -236,6 +236,30 @@ class Noise(nn.Module):
         return self.second(x + 0.1 * torch.randn(x.shape, dtype=x.dtype))
 
 
+class Gumbel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gumbel_softmax(self.first(x), tau=2.0))
+
+
+class Draws(nn.Module):
+    """A variational layer, multiplicative noise, and examples left out as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale, self.last = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.empty_like(self.mean(x)).normal_(0.5, 2.0)
+        latent = self.mean(x) + drawn * F.softplus(self.scale(x))
+        latent = latent * (0.5 + torch.rand(len(x), 1, dtype=x.dtype))
+        kept = torch.bernoulli(torch.full((len(x), 1), 0.7, dtype=x.dtype))
+        return self.last(latent * kept + torch.randn_like(latent))
+
+
 class FunctionalDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -386,8 +410,9 @@ SUBJECTS = [
     awkward("counts-calls", CountsCalls, "a buffer counts the calls of forward"),
     awkward("two-examples", lambda: mlp(5, 8, 9, 5), "fewer examples than microbatches",
             rows=(2, 2, 2)),
-    awkward("noise", Noise, "torch.randn in forward",
-            waits_for="refusing random operations that are not intercepted, by name"),
+    awkward("noise", Noise, "torch.randn in forward"),
+    awkward("gumbel", Gumbel, "F.gumbel_softmax in forward"),
+    awkward("several-draws", Draws, "rand, normal_, bernoulli of examples"),
     awkward("functional-dropout", FunctionalDropout, "F.dropout in forward",),
     awkward("straight-through", StraightThrough, "an autograd.Function with its own gradient"),
     awkward("stops-gradient", StopsGradient, "detach and no_grad inside"),

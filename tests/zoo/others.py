@@ -238,7 +238,6 @@ SUBJECTS = [
     other("branches", Branches, two_tasks, "side by side, two heads, targets in a dict",
           loss=both_losses),
     other("larger", Larger, small_and_large, "pixel shuffle, reflected borders", loss=F.l1_loss),
-    other("drop-path", DropPath, NUMBERS, "Tensor.bernoulli_ in forward",
-          waits_for="refusing random operations that are not intercepted, by name"),
+    other("drop-path", DropPath, NUMBERS, "Tensor.bernoulli_ in forward"),
     other("hyper", Hyper, NUMBERS, "weights by example, a frozen layer with a low-rank update"),
 ]  # fmt: skip

@@ -18,7 +18,7 @@ reader asks for any box of any tensor, whatever boxes it was saved in. Nothing i
 from shoal.checkpoint import replicas
 from shoal.checkpoint.background import Background
 from shoal.checkpoint.copies import Copies
-from shoal.checkpoint.exporting import Exported, export
+from shoal.checkpoint.exporting import Exported, export, export_state
 from shoal.checkpoint.folder import (
     checkpoint_path,
     discard_after,
@@ -47,6 +47,7 @@ __all__ = [
     "checkpoint_path",
     "discard_after",
     "export",
+    "export_state",
     "list_checkpoints",
     "newest_valid",
     "prune",

@@ -17,6 +17,8 @@ from shoal.checkpoint.reading import Checkpoint
 from shoal.errors import RunError
 from shoal.layout import Slice
 
+CENTRE = "sync.center"
+
 
 def prefix(number: int) -> str:
     """What stands before the names of a replica's tensors."""
@@ -69,6 +71,9 @@ class Mean(Checkpoint):
         """As `Checkpoint.read`. An optimizer's state that some replica lacks is the others'."""
         if not self.dtype(name).is_floating_point:
             return self._parts[0].read(name, part)
+        centre = f"{name}/{CENTRE}"
+        if centre in self._parts[0]:  # the same on all: what stands for elastic replicas
+            return self._parts[0].read(centre, part)
         read = [each.read(name, part) for each in self._parts if name in each]
         total = torch.zeros(read[0].shape, dtype=torch.float64)
         for tensor in read:

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from shoal.cli import export, train, verify
+from shoal.cli import export, predict, train, verify
 from shoal.version import __version__
 
 # typer exports only the child of what its parser raises, whose home differs between its versions.
@@ -41,6 +41,7 @@ def _root(
 
 app.command("train")(train.command)
 app.command("verify")(verify.command)
+app.command("predict")(predict.command)
 app.command("export")(export.command)
 
 

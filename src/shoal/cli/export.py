@@ -12,6 +12,12 @@ from shoal.cli.train import AsJson, Debug
 def command(
     run: Annotated[Path, typer.Argument(help="A run's folder, as in runs/digits-0001.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    how: Annotated[
+        str | None,
+        typer.Option(
+            help="Of models trained apart (solo): best, mean, greedy-soup or matched-mean."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -21,7 +27,7 @@ def command(
     with errors_shown(debug, as_json=as_json), output_kept():
         from shoal.predict import export
 
-        exported = export(run, out)
+        exported = export(run, out, how)
     document = {
         "out": str(exported.path),
         "tensors": exported.tensors,

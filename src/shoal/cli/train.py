@@ -74,7 +74,8 @@ def command(
         loaded = load_recipe(recipe, tuple(changes or ()))
         transport = "shared_memory" if comm is Carrier.SHM else comm.value
         options = Options(out, resume, max_restarts, verbose, replay=replay, transport=transport)
-        ended = train_with(loaded.recipe, strategy or loaded.strategy_default, None, options, begin)
+        chosen = loaded.strategy_default if strategy is None else strategy
+        ended = train_with(loaded.recipe, chosen, None, options, begin)
     if ended.error is not None:
         leave(ended.error, ended.exit_status, debug, ended.document, as_json=as_json)
     if ended.tells:

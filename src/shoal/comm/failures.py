@@ -39,7 +39,8 @@ def peer_failures() -> Iterator[None]:
             raise RanksDiffer(
                 f"the ranks do not make the same collectives: {_after(CALLS_SIGN, error)}",
                 hint="All ranks have to call the same collectives in the same order, with tensors "
-                "of one type and size.",
+                "of one type and size. A model that runs other layers for other examples (experts) "
+                "does not under zero2 and zero3: use zero1, or run every layer.",
             ) from error
         if is_peer_failure(error):
             raise PeerLost(_after(PEER_SIGN, error)) from error

@@ -100,6 +100,17 @@ class Group:
             dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=self.process_group)
         return result
 
+    def all_gather_later(self, tensor: Tensor, purpose: Purpose) -> Pending:
+        """Start :meth:`all_gather`; `tensor` must stay as it is until the result is waited for."""
+        if self.process_group is None:
+            return Pending(tensor.unsqueeze(0))
+        self._count("all_gather", purpose, tensor)
+        flat = tensor.new_empty(self.size * tensor.numel())
+        with peer_failures():
+            given = tensor.contiguous().view(-1)
+            work = _GATHER(flat, given, group=self.process_group, async_op=True)
+        return Pending(flat.view(self.size, *tensor.shape), work, self.counter)
+
     def all_gather_into(self, result: Tensor, tensor: Tensor, purpose: Purpose) -> None:
         """Fill `result`, contiguous, with every rank's `tensor`, one after another."""
         if self.process_group is None:

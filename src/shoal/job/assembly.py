@@ -18,9 +18,16 @@ from shoal.job.sharing import Feed, ReplicaFeed, shares
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
-from shoal.strategy import Agreement as Way
+from shoal.parallel.hooks import refuse_max_norm
 from shoal.strategy import Async, Solo
-from shoal.sync import Agreement, Meetings, Setting, build_agreement, build_meetings
+from shoal.sync import (
+    Agreement,
+    Meetings,
+    Setting,
+    build_agreement,
+    build_meetings,
+    warnings_of,
+)
 
 if TYPE_CHECKING:
     from shoal.parallel.pipeline import StagedReplica
@@ -54,8 +61,11 @@ class Job:
         An optimizer's state of a parameter (``fc.weight/exp_avg``) that has the parameter's shape
         is cut like it; any other is whole on each rank.
         """
-        part = self.replica.layout[name.rpartition("/")[0] if "/" in name else name]
+        owner, _, key = name.rpartition("/")
+        part = self.replica.layout[owner or name]
         shape = tuple(tensor.shape)
+        if "@" in key:  # one rank's own, see `sync.sums.Line`
+            return Part.whole(shape)
         return part if "/" not in name or (shape and shape == part.shape) else Part.whole(shape)
 
     def read(self, step: int) -> tuple[LocalBatch, Share]:
@@ -114,6 +124,7 @@ def assemble(
     compare. Collective over ``groups``.
     """
     model = workload.first_model(execution.dtype)
+    refuse_max_norm(model, groups.within.data.size)
     # A checkpoint is read into the plain module, before anything is wrapped around it.
     if state is not None:
         _restore_model(state, model)
@@ -145,7 +156,13 @@ def assemble(
     warnings = learn.check_cut(optimizer) if cut else ()
     if groups.pipeline.size > 1 and not cut:
         warnings = learn.check_parted(optimizer)
-    agreement = build_agreement(within, summed=replica.sums_gradients)
+    apart, place = execution.agreement.apart, groups.within.world.rank
+    agreement = build_agreement(
+        within,
+        summed=replica.sums_gradients,
+        compress=None if apart else execution.compress,
+        place=groups.model.rank,
+    )
     agreement.attach(replica)
     job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings=warnings)
     job.owned = owned
@@ -154,16 +171,16 @@ def assemble(
         job.next_step = state.step
     if owned is not None and workload.evaluation is not None:
         job.evaluation = ReplicaFeed(workload.evaluation, groups.between.rank, groups.between.size)
-    if execution.agreement.apart:
-        _set_apart(job, execution.agreement)
-        if state is not None:
-            _restore_meetings(state, job)
+    if apart:
+        _set_apart(job, execution, place)
+    if state is not None:
+        _restore_sync(state, job, job.agreement if job.meetings is None else job.meetings)
     return job
 
 
-def _set_apart(job: Job, way: Way) -> None:
+def _set_apart(job: Job, execution: Execution, place: int) -> None:
     """What replicas need that have weights of their own for a while."""
-    between, work = job.groups.between, job.workload
+    between, work, way = job.groups.between, job.workload, execution.agreement
     unit = work.normalize_over or 1
 
     def examples(step: int) -> list[int]:
@@ -174,18 +191,37 @@ def _set_apart(job: Job, way: Way) -> None:
         job.feed = ReplicaFeed(work.feed, between.rank, between.size, unit)
         if work.evaluation is not None:
             job.evaluation = ReplicaFeed(work.evaluation, between.rank, between.size)
-    setting = Setting(between, job.replica.holding, job.optimizer, work.total_steps, examples)
+    setting = Setting(
+        between,
+        job.replica.holding,
+        job.optimizer,
+        work.total_steps,
+        examples,
+        execution.compress,
+        place,
+    )
     job.meetings = build_meetings(way, setting)
+    job.warnings += warnings_of(way, work.total_steps)
 
 
-def _restore_meetings(state: Checkpoint, job: Job) -> None:
-    """What the checkpoint holds of the meetings, each tensor cut like its parameter."""
-    assert job.meetings is not None
-    held = {}
-    for name in job.meetings.state():
-        if name in state:
-            held[name] = state.read_part(name, job.replica.layout[name.rpartition("/")[0]])
-    job.meetings.restore(held)
+def _restore_sync(state: Checkpoint, job: Job, sync: Agreement | Meetings) -> None:
+    """What the checkpoint holds of the way in which replicas agree, cut as this rank's is.
+
+    What is of other shapes than now is left out: it was of another rank's part.
+    """
+    own, held = sync.state(), {}
+    for name in state.names:
+        owner, _, key = name.rpartition("/")
+        if not key.startswith("sync.") or owner not in job.replica.layout:
+            continue
+        part = job.replica.layout[owner]
+        if name in own:
+            part = job.part_of(name, own[name])
+        if "@" not in key and state.shape(name) == part.global_shape:
+            held[name] = state.read_part(name, part)
+        elif name in own and state.shape(name) == tuple(own[name].shape):
+            held[name] = state.read(name)
+    sync.restore(held)
 
 
 def _eager(groups: Groups, workload: Workload, execution: Execution, model: nn.Module) -> Replica:

@@ -20,10 +20,17 @@ def check_before_start(recipe: Recipe) -> None:
     Cheap, and without torch unless a module of the user's imports it. Raises `DataMissing` or
     `UsageError`.
     """
-    classes = recipe.model.options.get("classes")
-    for spec in data.resolve(recipe.data):
-        if spec is not None:
-            data.check_labels(data.describe(spec), classes)
+    members = range(len(recipe.members or ())) if recipe.members else range(1)
+    for each in (recipe.member(number) for number in members):
+        classes = each.model.options.get("classes")
+        for spec in data.resolve(each.data):
+            if spec is not None:
+                data.check_labels(data.describe(spec), classes)
+        _check_components(each)
+
+
+def _check_components(recipe: Recipe) -> None:
+    """The user's own ones."""
     for role, given in _GIVEN.items():
         component: Component = getattr(recipe, role)
         if not component.builtin:

@@ -15,7 +15,7 @@ from shoal.cluster import Cluster, computes_in_bf16
 from shoal.env import World
 from shoal.errors import Refused, WorldError
 from shoal.recipe import Recipe
-from shoal.strategy import Strategy
+from shoal.strategy import Solo, Strategy
 
 MIN_SHARE = 16  # examples a rank should have of each step, for `auto` to add it
 MAX_AUTO_RANKS = 8
@@ -62,6 +62,7 @@ def resolve(
         tries, reason = False, "precision float32: this processor has no instructions for bf16"
     if not tries:
         reasons.append(reason)
+    chosen = _with_members(chosen, recipe)
     chosen.check_runnable(recipe.batch_size)
     if world is not None:
         _require_world(world, chosen)
@@ -74,6 +75,21 @@ def resolve(
     if device == "cpu" and chosen.offload:
         reasons.append("offload changes nothing on the CPU: its memory is the host's already")
     return Resolved(chosen, device, max(1, cluster.cores // ranks), tuple(reasons), tries, is_free)
+
+
+def _with_members(strategy: Strategy, recipe: Recipe) -> Strategy:
+    """The strategy, with as many members as the recipe names."""
+    if recipe.members is None:
+        return strategy
+    way, count = strategy.agreement, len(recipe.members)
+    if not isinstance(way, Solo) or way.members not in (None, count):
+        raise Refused(
+            f"the recipe has {count} members of its own, and {strategy} does not train so many "
+            "models apart",
+            hint=f"Use solo:members={count}, as in dp2/solo:members={count}, or leave `members` "
+            "out of the recipe (--set members=null).",
+        )
+    return dataclasses.replace(strategy, agreement=dataclasses.replace(way, members=count))
 
 
 def _require_world(world: World, strategy: Strategy) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from shoal import data, learn, models
 from shoal.data import MemberFeed
+from shoal.errors import Refused
 from shoal.job.sharing import Feed, ReplicaFeed, share_of
 from shoal.parallel import LocalBatch, Numerics, Objective, Replica, Share
 from shoal.recipe import Recipe
-from shoal.strategy import EVERY_STEP, Agreement, Strategy
+from shoal.strategy import EVERY_STEP, Agreement, Compress, Strategy
 
 if TYPE_CHECKING:
     from shoal.parallel.pipeline import StagedReplica
@@ -36,6 +37,7 @@ class Execution:
     sequences: bool = False
     offload: bool = False
     agreement: Agreement = EVERY_STEP
+    compress: Compress | None = None
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -53,6 +55,7 @@ class Execution:
             sequences=strategy.sp,
             offload=strategy.offload,
             agreement=strategy.agreement,
+            compress=strategy.compress,
             dtype=dtype,
         )
 
@@ -96,7 +99,27 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed if self.initial_seed is None else self.initial_seed)
             model = self.build_model()
-        return model.to(dtype)
+        _refuse_complex(model)
+        model._apply(lambda tensor: _in(tensor, dtype))  # type: ignore[no-untyped-call]
+        return model
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a type of real numbers, or in its complex one: `Module.to` makes that real."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _refuse_complex(model: nn.Module) -> None:
+    """Raise `Refused` for complex parameters: a change of type would drop their imaginary part."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise Refused(
+                f"the parameter {name} is complex ({parameter.dtype}); Shoal trains real ones",
+                hint="Keep real and imaginary parts in a real parameter [..., 2], and use "
+                "torch.view_as_complex(parameter) in forward.",
+            )
 
 
 def workload_of(recipe: Recipe, *, keeps_a_tenth: bool = False) -> Workload:

@@ -105,6 +105,7 @@ class Replica:
         self.ranks = groups.group.size
         self._groups = groups
         self._randomness = randomness
+        randomness.splits = self.ranks * microbatches > 1
         self._about = about
         self._divisor = 1.0
 
@@ -233,9 +234,10 @@ class Replica:
             microbatch=number,
             stands_in=not counts,
         )
-        # A number of its own for what is drawn from torch's generator in each microbatch.
         rows = batch.rows + share.first if share.first else batch.rows
-        self._randomness.begin(step, rows, self.rank + self.ranks * number)
+        # What is drawn from torch's generator is another microbatch's, and another replica's, own.
+        place = self.rank + self.ranks * number + (share.first << 20)
+        self._randomness.begin(step, rows, place)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient, a 0-d tensor. Collective."""
@@ -294,7 +296,13 @@ def _users_line(error: Exception) -> str | None:
     """The innermost line that is neither torch's nor Shoal's: where the user would look."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
-    return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else None
+    if not own:
+        return None
+    if own[-1].filename.startswith("<"):
+        # The code of a traced model, which says behind each operation where the user wrote it.
+        _, _, place = (own[-1].line or "").partition("  # ")
+        return f"in {place.partition(': ')[2] or place}" if place else None
+    return f"in {own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

@@ -37,7 +37,8 @@ from shoal.units import Duration
 from shoal.yaml_source import YamlDocument, dump, load, nearest, problems
 
 _NOT_IN_FINGERPRINT = ("checkpoint", "evaluate.every")
-_OPTIONAL = ("epochs", "steps", "stop")
+_OPTIONAL = ("epochs", "steps", "stop", "members")
+_OF_A_MEMBER = ("model", "objective", "optimizer", "schedule")
 
 
 def _read_duration(value: Any) -> Duration:
@@ -86,11 +87,25 @@ class StopSpec(_Part):
     patience: Length
 
 
+def _read_members(value: Any) -> Any:
+    """Each member's changes: a text, or a list of them."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("must be a list with the changes of each member, as in [model.width=16]")
+    changes = [[each] if isinstance(each, str) else each for each in value]
+    if not all(isinstance(each, list | tuple) for each in changes):
+        raise ValueError("each member is a text, as in model.width=16, or a list of them")
+    return tuple(tuple(each) for each in changes)
+
+
 class Recipe(_Part):
     """What is trained: model, data, objective, optimizer, schedule, global batch, seed, length.
 
     Takes what a file has (names or mappings for components, texts for durations and sources), or
-    the values themselves. Frozen, hashable, equal where the values are equal; raises RecipeError
+    the values themselves. ``members``: what the members of an ensemble that is trained by one run
+    have that is not the recipe's, `key=value` texts of the model, objective, optimizer or schedule.
+    Frozen, hashable, equal where the values are equal; raises RecipeError
     with every problem. ``batch_size`` is the global batch in examples, whatever the strategy.
     """
 
@@ -111,6 +126,7 @@ class Recipe(_Part):
     evaluate: EvaluateSpec = EvaluateSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     stop: StopSpec | None = None
+    members: Annotated[tuple[tuple[str, ...], ...] | None, BeforeValidator(_read_members)] = None
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -147,6 +163,24 @@ class Recipe(_Part):
             text = "can't be measured: `data.evaluate` is null, so there is no evaluation"
             fail(("metric",), text, stop.metric)
         return stop
+
+    @field_validator("members")
+    @classmethod
+    def _change_what_members_may(
+        cls, members: tuple[tuple[str, ...], ...] | None
+    ) -> tuple[tuple[str, ...], ...] | None:
+        for number, changes in enumerate(members or ()):
+            for change in parse_all(changes):
+                if change.path[0] not in _OF_A_MEMBER:
+                    text = f"changes {change.path[0]}; members may differ in {_OF_A_MEMBER}"
+                    fail((number,), text, change.text)
+        return members
+
+    def member(self, number: int) -> "Recipe":
+        """The recipe of one member. Raises RecipeError for a change that it cannot have."""
+        plain = self.to_dict()
+        changes = (plain.pop("members", None) or ())[number : number + 1]
+        return Recipe.from_dict(plain).with_changes(*(changes[0] if changes else ()))
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> "Recipe":

@@ -3,15 +3,23 @@
 write_run_report(folder)      a run folder → report.html, one self-contained file
 live.view()                   messages of rank 0 → a progress bar, or plain lines
 show_error(error, stream)     an error → one screen
+write_prediction_page(path, doc) the document of `predict --compare` → a page
 summary_lines(summary)        run.json → the closing lines after `train`
 """
 
 from pathlib import Path
 
 from shoal.report import live
+from shoal.report.prediction import write_prediction_page
 from shoal.report.text import show_error, summary_lines
 
-__all__ = ["live", "show_error", "summary_lines", "write_run_report"]
+__all__ = [
+    "live",
+    "show_error",
+    "summary_lines",
+    "write_prediction_page",
+    "write_run_report",
+]
 
 
 def write_run_report(run_folder: Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shoal.errors import Refused
-from shoal.strategy.agreements import Async, Local, Solo, Sync
+from shoal.strategy.agreements import Async, DiLoCo, Easgd, Gossip, Solo, Sync
 
 if TYPE_CHECKING:
     from shoal.strategy.value import Strategy
@@ -24,7 +24,17 @@ def contradictions(strategy: Strategy) -> Iterator[Refused]:
         yield Refused("solo sends nothing to compress", hint="Leave compress or solo out.")
     if strategy.is_auto:
         return
-    for check in (_zero, _groups, _experts, _tensor, _pipeline, _servers, _compress):
+    for check in (
+        _zero,
+        _groups,
+        _experts,
+        _tensor,
+        _pipeline,
+        _servers,
+        _compress,
+        _outer,
+        _elastic,
+    ):
         refusal = check(strategy)
         if refusal is not None:
             yield refusal
@@ -121,6 +131,38 @@ def _compress(strategy: Strategy) -> Refused | None:
     )
 
 
+def _outer(strategy: Strategy) -> Refused | None:
+    agreement = strategy.agreement
+    if not isinstance(agreement, DiLoCo):
+        return None
+    if agreement.overlap and agreement.every == 1:
+        return Refused(
+            f"{agreement} has no inner step beside which to send",
+            hint=f"Nearest that works: {replace(agreement, every=2)}.",
+        )
+    if agreement.wire != "float32" and strategy.compress is not None:
+        return Refused(
+            f"wire={agreement.wire} and {strategy.compress} both say what is sent",
+            hint="Leave one of them out.",
+        )
+    return None
+
+
+def _elastic(strategy: Strategy) -> Refused | None:
+    """c ← (1 - nα) c + α Σ w_r: beyond nα = 1 the old centre counts less than nothing."""
+    agreement, replicas = strategy.agreement, strategy.replicas
+    if not isinstance(agreement, Easgd) or agreement.alpha is None:
+        return None
+    if agreement.alpha * replicas <= 1 + 1e-9:
+        return None
+    near = replace(agreement, alpha=int(1000 / replicas) / 1000)
+    return Refused(
+        f"alpha={agreement.alpha:g} over {replicas} replicas: the centre would move further than "
+        "the replicas lie from it",
+        hint=f"alpha · replicas is 1 at most: {near}.",
+    )
+
+
 def _nearest_divisors(number: int, near: int) -> list[int]:
     """The divisors of ``number`` next below and next above ``near``."""
     small = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
@@ -137,10 +179,7 @@ def not_yet(strategy: Strategy) -> list[str]:
         for axis, degree in strategy.axes
         if axis in names
     ]
-    if strategy.compress is not None:
-        missing.append(str(strategy.compress))
-    if not isinstance(strategy.agreement, Sync | Solo | Local | Async):
-        missing.append(str(strategy.agreement))
+    missing += _not_sent_yet(strategy)
     missing += _not_async_yet(strategy)
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
@@ -160,6 +199,20 @@ def _not_async_yet(strategy: Strategy) -> list[str]:
     cut += [str(strategy.zero)] if strategy.zero is not None else []
     cut += ["offload"] if strategy.offload else []
     return [f"{strategy.agreement} with {' and '.join(cut)}"] if cut else []
+
+
+def _not_sent_yet(strategy: Strategy) -> list[str]:
+    """Where what replicas send can't be made smaller yet."""
+    compress, agreement, zero = strategy.compress, strategy.agreement, strategy.zero
+    if compress is None:
+        return []
+    if isinstance(agreement, Async):
+        return [f"{compress} with async"]
+    if isinstance(agreement, Gossip) and agreement.graph != "complete":
+        return [f"{compress} with {agreement}"]
+    if isinstance(agreement, Sync) and zero is not None and zero.stage > 1:
+        return [f"{compress} with {zero} and sync"]
+    return []
 
 
 def _not_staged_yet(strategy: Strategy) -> list[str]:

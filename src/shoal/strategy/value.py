@@ -15,14 +15,15 @@ from typing import Any, Literal
 
 from shoal.errors import Refused, StrategyError
 from shoal.strategy import checks, grammar
-from shoal.strategy.agreements import Agreement, Async, Easgd, Sync
+from shoal.strategy.agreements import Agreement, Async, Easgd, Solo, Sync
 from shoal.strategy.parts import Compress, Schedule, Zero
 
 EVERY_STEP = Sync()
 RUNS_NOW = (
     "ppN, dpN and tpN in any product, with /zero1, /zero2, /zero3[:G], /mb:M, /sp, /offload, the "
-    "schedules gpipe, 1f1b, interleaved:V, zb and zbv, and +bf16, +channels_last, +recompute and, "
-    "without pp and tp, +compile"
+    "schedules gpipe, 1f1b, interleaved:V, zb and zbv, the agreements sync, async:S, local:H, "
+    "diloco:H, easgd:H, gossip:GRAPH and solo, /compress:METHOD, and +bf16, +channels_last, "
+    "+recompute and, without pp and tp, +compile"
 )
 
 
@@ -241,11 +242,25 @@ class Strategy:
                 hint="Each replica needs an example of the global batch: use a smaller dp, or a "
                 "larger batch_size.",
             )
+        self._check_members(batch_size)
         if ranks_available is not None and self.world_size > ranks_available:
             near = f"dp{ranks_available}" if ranks_available > 1 else "single"
             raise Refused(
                 f"strategy {self} needs {self.world_size} ranks, and there are {ranks_available}",
                 hint=f"Nearest that works: {near}.",
+            )
+
+    def _check_members(self, batch_size: int) -> None:
+        way = self.agreement
+        if isinstance(way, Solo) and not way.full and (way.members or 0) > batch_size:
+            raise Refused(
+                f"{way.members} members on a batch of {batch_size}: some would see no example",
+                hint="Use fewer members, a larger batch_size, or solo:full.",
+            )
+        if isinstance(way, Solo) and 0 < (way.members or 0) < self.replicas:
+            raise Refused(
+                f"{way.members} members on {self.replicas} replicas: some would have none",
+                hint=f"Nearest that works: dp{way.members}, or members={self.replicas}.",
             )
 
     def to_json(self) -> dict[str, Any]:

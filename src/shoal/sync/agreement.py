@@ -50,6 +50,13 @@ class Agreement(Protocol):
     def agree(self, replica: Replica) -> None:
         """Finish what the step's gradients or weights need before the optimizer. Collective."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold besides, by ``name/key``."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+
 
 class Alone:
     """Nobody to agree with: one replica, perhaps on several ranks, or replicas that sum their
@@ -68,4 +75,10 @@ class Alone:
         return self._everyone.all_reduce_later(vector, "metric").on_host()
 
     def agree(self, replica: Replica) -> None:
+        return
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
         return

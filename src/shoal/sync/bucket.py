@@ -8,12 +8,22 @@ used gets no gradient, as on one device, and no further collective is needed to 
     buckets = cut(parameters, max_bytes=8 << 20)      # last parameters first: as gradients arrive
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shoal.comm import Pending
+
+class Sent(Protocol):
+    """A sum that is under way."""
+
+    @property
+    def began(self) -> float: ...
+    @property
+    def ended(self) -> float | None: ...
+
+    def wait(self) -> object: ...
 
 
 class Bucket:
@@ -23,16 +33,20 @@ class Bucket:
         self.parameters = parameters
         self.arrived: set[int] = set()  # ids of parameters with a gradient
         self.complete: set[int] = set()  # of those to whose gradient nothing is added any more
-        self.pending: Pending | None = None
+        self.pending: Sent | None = None
         elements = sum(parameter.numel() for parameter in parameters)
         self.flat = torch.zeros(
             elements + len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
-        self._used = self.flat[elements:]
+        self.used = self.flat[elements:]
         self._views, start = [], 0
         for parameter in parameters:
             self._views.append(view_in(self.flat, start, parameter))
             start += parameter.numel()
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter and where its gradient lies in `flat`."""
+        return zip(self.parameters, self._views, strict=True)
 
     @property
     def is_full(self) -> bool:
@@ -42,11 +56,11 @@ class Bucket:
     def fill(self) -> None:
         """Bring the gradients that are there into `flat`, and let the parameters' lie there."""
         views, gradients = [], []
-        self._used.fill_(1.0)
+        self.used.fill_(1.0)
         for place, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             if id(parameter) not in self.arrived or parameter.grad is None:
                 view.zero_()
-                self._used[place] = 0.0
+                self.used[place] = 0.0
             else:
                 views.append(view)
                 gradients.append(parameter.grad)
@@ -57,7 +71,7 @@ class Bucket:
     def settle(self) -> None:
         """Once `flat` is the sum: give gradients to parameters that only other ranks have used."""
         if len(self.arrived) < len(self.parameters):
-            used = self._used.tolist()
+            used = self.used.tolist()
             for parameter, view, ranks in zip(self.parameters, self._views, used, strict=True):
                 parameter.grad = view if ranks else None
         self.arrived.clear()

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from shoal.comm import Group, Pending
 from shoal.errors import Refused, RunError
+from shoal.strategy import Compress
 from shoal.sync.agreement import Accumulation, Replica
 from shoal.sync.bucket import Bucket, cut
+from shoal.sync.choose import sums_of
+from shoal.sync.sums import Line, Sums, UnderWay
 
 BUCKET_BYTES = 8 << 20
 
@@ -31,9 +34,15 @@ BUCKET_BYTES = 8 << 20
 class EveryStep:
     """All-reduce of gradients at each step, over `group`; `everyone` shares the step's sums."""
 
-    def __init__(self, group: Group, everyone: Group) -> None:
+    def __init__(
+        self, group: Group, everyone: Group, compress: Compress | None = None, place: int = 0
+    ) -> None:
         self._group = group
         self._everyone = everyone
+        self._compress = compress
+        self._line = Line(group, "gradient", group.rank, place)
+        self._sums: Sums | None = None  # where what is sent is made smaller
+        self._names: dict[int, str] = {}
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._accumulation: Accumulation | None = None
@@ -53,6 +62,10 @@ class EveryStep:
                 hint="Unfreeze at least one parameter.",
             )
         self._buckets = cut(reversed(trained), BUCKET_BYTES)
+        if self._compress is not None:
+            named = {n: p for n, p in replica.model.named_parameters() if p.requires_grad}
+            self._names = {id(parameter): name for name, parameter in named.items()}
+            self._sums = sums_of(self._compress, self._line, named)
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 self._bucket_of[id(parameter)] = bucket
@@ -102,9 +115,23 @@ class EveryStep:
         bucket.pending = self._sum(bucket)
         self._sent += 1
 
-    def _sum(self, bucket: Bucket) -> Pending:
+    def _sum(self, bucket: Bucket) -> "Pending | _Smaller":
         used = len(bucket.parameters)
-        return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
+        if self._sums is None:
+            return self._group.all_reduce_later(bucket.flat, "gradient", agreement=used)
+        counts = self._group.all_reduce_later(bucket.used, "agreement")
+        named = {self._names[id(p)]: view for p, view in bucket.gradients()}
+        arrived = {self._names[each] for each in bucket.arrived}
+        return _Smaller(self._sums.start(named, arrived), counts)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was left out of earlier sums, by ``name/key``: of this rank, for a checkpoint."""
+        return {} if self._sums is None else self._sums.state()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        if self._sums is not None:
+            self._sums.restore(tensors)
 
     def share(self, vector: Tensor) -> Pending:
         self._last = True
@@ -128,3 +155,16 @@ class EveryStep:
         self._last = False
         waited = self._group.counter.waited_s - waited
         self.hidden_s += max(0.0, under_way - waited)
+
+
+class _Smaller:
+    """A bucket whose gradients travel compressed, and beside them which were used."""
+
+    def __init__(self, gradients: UnderWay, counts: Pending) -> None:
+        self._gradients, self._counts = gradients, counts
+        self.began, self.ended = gradients.began, gradients.ended
+
+    def wait(self) -> None:
+        self._gradients.wait()
+        self._counts.wait()
+        self.ended = self._gradients.ended

@@ -3,87 +3,94 @@
     w_r ← Σ_r (examples of r since the last meeting ÷ those of all) · w_r
 
 Float buffers (running statistics) are averaged as well, and with `state=average` what the optimizer
-keeps of each parameter. The last step of a run ends with a meeting.
-"""
+keeps of each parameter. The last step of a run ends with a meeting. Before step `after` replicas
+sum their gradients, as under `sync` (post-local SGD).
 
-import contextlib
-from collections.abc import Iterator
+With compression it is the change since the last meeting that is sent, and the weights of that
+meeting are kept: the largest numbers of the weights themselves say nothing about what was learned.
+"""
 
 import torch
 from torch import Tensor
 
 from shoal.strategy import Local
 from shoal.sync.average import average
-from shoal.sync.meetings import Setting, exchanged, floating
+from shoal.sync.bucket import Bucket, cut
+from shoal.sync.changes import Changes
+from shoal.sync.choose import sums_of
+from shoal.sync.meetings import MeanOfReplicas, Setting, floating, trained
+from shoal.sync.optimizer_mean import average_state
+from shoal.sync.rounds import Rounds
+from shoal.sync.sums import Line
+
+BUCKET_BYTES = 8 << 20
 
 
-class LocalSteps:
+class LocalSteps(MeanOfReplicas):
     """Replicas that average their weights every so many steps."""
 
     hidden_s = 0.0
 
     def __init__(self, agreement: Local, setting: Setting) -> None:
+        super().__init__(setting)
         self._how, self._setting = agreement, setting
-        self._floating = list(floating(setting.model).values())
+        self._rounds = Rounds(agreement.every, setting.total_steps, agreement.after)
+        self._buckets: list[Bucket] = []
+        self._changes: Changes | None = None
+        self._plain = list(floating(setting.model).values())
+        if setting.compress is not None:
+            weights = trained(setting.model)
+            line = Line(setting.between, "parameter", place=setting.place)
+            self._changes = Changes(weights, sums_of(setting.compress, line, weights))
+            learned = {id(each) for each in weights.values()}
+            self._plain = [each for each in self._plain if id(each) not in learned]
 
-    def gradients(self, step: int, count: float) -> float:
+    def gradients(self, step: int, count: float) -> bool:
         """Before ``after`` replicas agree on each step's gradient, as under `sync`."""
         group = self._setting.between
         if step >= self._how.after or group.size == 1:
-            return count
-        parameters = [p for p in self._setting.model.parameters() if p.requires_grad]
-        for parameter in parameters:  # a parameter that this replica did not use may be another's
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            return False
         counts = torch.tensor([count], dtype=torch.float64)
         total: float = group.all_reduce(counts, "agreement").item()
         share = count / total if total else 0.0
-        average([p.grad for p in parameters if p.grad is not None], share, group)
-        return total
+        if not self._buckets:
+            self._buckets = cut(trained(self._setting.model).values(), BUCKET_BYTES)
+        for bucket in self._buckets:
+            _sum_gradients(bucket, share, self._setting)
+        return True
 
     def after(self, step: int) -> None:
         """Average, where a meeting is due."""
-        if self._due(step):
-            share = self._share(step)
-            average(self._floating, share, self._setting.between)
-            if self._how.state == "average":
-                average(self._state(), share, self._setting.between)
-
-    def _due(self, step: int) -> bool:
-        if step < self._how.after:
-            return False
-        last = step + 1 == self._setting.total_steps
-        return last or (step + 1 - self._how.after) % self._how.every == 0
-
-    def _share(self, step: int) -> float:
-        """This replica's share of the examples since the last meeting."""
-        first = step - (step - self._how.after) % self._how.every
-        seen = [self._setting.examples(each) for each in range(first, step + 1)]
-        of_each = [sum(column) for column in zip(*seen, strict=True)]
-        return of_each[self._setting.between.rank] / sum(of_each)
-
-    def _state(self) -> list[Tensor]:
-        """What the optimizer keeps of each parameter, number by number."""
-        found = []
-        for parameter in self._setting.model.parameters():
-            kept = self._setting.optimizer.state.get(parameter, {})
-            found += [kept[key] for key in sorted(kept) if _is_like(kept[key], parameter)]
-        return found
-
-    @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """With the mean of all replicas' weights."""
-        means = [tensor.detach().clone() for tensor in self._floating]
-        average(means, 1 / self._setting.between.size, self._setting.between)
-        with exchanged(self._floating, means):
-            yield
+        self.are_equal = step < self._how.after
+        if self._changes is not None and step + 1 == self._how.after:
+            self._changes.begin_here()
+        if not self._rounds.ends(step):
+            return
+        share = self._setting.share(self._rounds.first(step), step)
+        average(self._plain, share, self._setting.between)
+        if self._changes is not None:
+            self._changes.start(share)
+            for _, weight, last, change in self._changes.arrived():
+                weight.copy_(last.add_(change))
+        if self._how.state == "average":
+            average_state(self._setting, share)
+        self.are_equal = True
 
     def state(self) -> dict[str, Tensor]:
-        return {}
+        return {} if self._changes is None else self._changes.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        return
+        if self._changes is not None:
+            self._changes.restore(tensors)
 
 
-def _is_like(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+def _sum_gradients(bucket: Bucket, share: float, setting: Setting) -> None:
+    """Make of each replica's mean gradient the mean of all; none where no replica has any."""
+    for parameter in bucket.parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(share)
+            bucket.arrived.add(id(parameter))
+    bucket.fill()
+    used = len(bucket.parameters)
+    setting.between.all_reduce_later(bucket.flat, "gradient", agreement=used).wait()
+    bucket.settle()

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm import Group
+from shoal.strategy import Compress
+from shoal.sync.average import average
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Setting:
     ``between``: the ranks that hold the same part of each replica. ``model``: the parameters and
     buffers that this rank keeps of its replica, by name (`Replica.holding`). ``examples(step)``:
     how many examples each replica has of a step, in the order of ``between``; the same on all.
+    ``compress``: how what they send is made smaller. ``place``: this rank's in its replica.
     """
 
     between: Group
@@ -37,19 +40,39 @@ class Setting:
     optimizer: torch.optim.Optimizer
     total_steps: int
     examples: Callable[[int], Sequence[int]]
+    compress: Compress | None = None
+    place: int = 0
+
+    def share(self, first: int, last: int) -> float:
+        """This replica's share of the examples of the steps from `first` to `last`, both included.
+
+        Of all replicas together they add up to 1.
+        """
+        of_each = [0] * self.between.size
+        for step in range(first, last + 1):
+            for replica, count in enumerate(self.examples(step)):
+                of_each[replica] += count
+        return of_each[self.between.rank] / sum(of_each)
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run ends with this step."""
+        return step + 1 == self.total_steps
 
 
 class Meetings(Protocol):
     """How replicas with weights of their own come together."""
 
-    hidden_s: float
-    """Seconds of communication so far during which this rank computed."""
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of communication so far during which this rank computed."""
+        ...
 
-    def gradients(self, step: int, count: float) -> float:
+    def gradients(self, step: int, count: float) -> bool:
         """Before the update: what the gradients need that are agreed on in this step.
 
-        ``.grad`` are sums over this replica's examples ÷ ``count``, what its objective counted.
-        Returns the count that they are per, then. Collective over ``between``.
+        ``.grad`` of what this rank keeps are means over this replica's ``count``, as its objective
+        counts; a replica without examples has none, and 0. Returns whether they are all replicas'
+        now: then also one without examples updates. Collective over ``between``.
         """
         ...
 
@@ -73,8 +96,8 @@ class Never:
 
     hidden_s = 0.0
 
-    def gradients(self, step: int, count: float) -> float:
-        return count
+    def gradients(self, step: int, count: float) -> bool:
+        return False
 
     def after(self, step: int) -> None:
         return
@@ -105,6 +128,45 @@ def exchanged(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[N
 
 
 def floating(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and floating-point buffers by name, tied ones once: what averages are of."""
-    named: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+    """What averages are of, by name: trained parameters and saved floating-point buffers.
+
+    Tied ones once. Frozen parameters are equal already, and a mean of three equal numbers is not
+    always the number.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        changes = tensor.requires_grad if isinstance(tensor, nn.Parameter) else True
+        if changes and tensor.is_floating_point():
+            found[name] = tensor
+    return found
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class MeanOfReplicas:
+    """The weights that stand for all replicas are their mean."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._floating = floating(setting.model)
+        self._group = setting.between
+        self.are_equal = False  # just after a meeting: the mean would only add rounding
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the model has the mean. Collective."""
+        if self.are_equal or self._group.size == 1:
+            yield
+            return
+        own = list(self._floating.values())
+        means = [tensor.detach().clone() for tensor in own]
+        average(means, 1 / self._group.size, self._group)
+        with exchanged(own, means):
+            yield

@@ -95,11 +95,15 @@ def capture(model: nn.Module, inputs: Any, rows: int) -> Captured:
         except Exception as error:
             raise _refused(error) from error
         dims = tuple(None for _ in tensors)
+    static = rows < 2 or not any(dims) or not _general(program, dims)
+    if static and any(dims):
+        # len(x) makes a plain number of a symbol on the way: shapes before it would have the symbol
+        # and those after it would not, which reads as if these had no rows.
+        program = _export(wrapper, tensors, tuple(None for _ in tensors))
     seen = wrapper.seen
     if why := _not_kept(seen):
         raise Refused(why, hint=ADVICE)
     assert seen.outputs is not None
-    static = rows < 2 or not any(dims) or not _general(program, dims)
     return Captured(program, structure, seen.outputs, static, seen.assigned)
 
 
@@ -192,7 +196,8 @@ def _is_users(node: Any) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and no log lines: what goes wrong is said in the error."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.export")]
+    names = ("torch.fx", "torch._export", "torch.export", "torch._subclasses")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     # What torch prints of a graph that it gives up on.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

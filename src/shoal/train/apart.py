@@ -38,7 +38,10 @@ def apart_step(
         split.book("communication_exposed")
         for job in jobs:
             if job.meetings is not None:
+                hidden = job.meetings.hidden_s
                 job.meetings.after(step)
+                split.hidden(job.meetings.hidden_s - hidden)
+                job.replica.updated()
         split.book("communication_exposed")
     rate = float(jobs[0].optimizer.param_groups[0]["lr"])
     return StepResult(loss / count if count else 0.0, count, rate, Flags(*shared), bad)
@@ -54,8 +57,8 @@ def _one(job: Job, step: int, split: Split) -> tuple[Tensor, Sequence[object], b
     job.set_learning_rate(step)
     sums = torch.zeros(2, dtype=torch.float64)
     if not job.own_examples(step):
-        if job.meetings is not None:
-            job.meetings.gradients(step, 0.0)
+        if job.meetings is not None and job.meetings.gradients(step, 0.0):
+            job.update()  # as the others do: the gradients are those of all
         return sums, (), False
     batch, share = job.read(step)
     split.book("input")
@@ -68,10 +71,12 @@ def _one(job: Job, step: int, split: Split) -> tuple[Tensor, Sequence[object], b
     split.book("backward")
     job.agreement.agree(job.replica)
     loss, count = sums.tolist()
+    job.replica.rescale(count)
     if job.meetings is not None:
-        count = job.meetings.gradients(step, count)
+        split.book("optimizer")
+        job.meetings.gradients(step, count)
+        split.book("communication_exposed")
     if math.isfinite(loss):  # else all ranks are told, and nothing of this step is kept
-        job.replica.rescale(count)
         job.update()
     split.book("optimizer")
     return sums, getattr(batch, "bad", ()), job.groups.within.speaks

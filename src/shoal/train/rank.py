@@ -110,12 +110,20 @@ def _train(
     def look(_number: int, model: torch.nn.Module) -> None:
         start.update(_weights(model))
 
-    team = Team.of(groups, work, execution, state, look)
+    unlike = recipe.members is not None
+    team = Team.of(
+        groups,
+        work,
+        execution,
+        state,
+        look,
+        (lambda number: workload_of(recipe.member(number))) if unlike else None,
+    )
     job = team.job
     # What they had before any of it was cut: the pieces that they keep differ.
     if team.is_apart and (state is not None or "init=own" in str(strategy)):
         start.pop("weights before the first step", None)
-    compare(groups.world, start | _initial(job))
+    compare(groups.world, _initial(job) if unlike else start | _initial(job))
     if groups.world.rank == 0:
         for message in job.warnings:
             run.log_event("warning", message)

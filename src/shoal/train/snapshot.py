@@ -19,7 +19,8 @@ def snapshot_of(
     for group, names in zip(scalars["groups"], job.group_names, strict=True):
         group["names"] = list(names)
     weights, aliases = _weights(job)
-    held = weights | state | ({} if job.meetings is None else job.meetings.state())
+    held = weights | state | job.agreement.state()
+    held |= {} if job.meetings is None else job.meetings.state()
     return Snapshot(
         step=step,
         tensors={name: Piece(each, job.part_of(name, each)) for name, each in held.items()},

@@ -7,7 +7,6 @@
 members 0 1 2 3 4 on two replicas            replica 0: 0 2 4      replica 1: 1 3
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -49,8 +48,12 @@ class Team:
         execution: Execution,
         state: Checkpoint | None,
         look: Look,
+        of_member: Callable[[int], Workload] | None = None,
     ) -> "Team":
-        """Assemble this rank's jobs. Collective. ``look`` gets each plain model and its number."""
+        """Assemble this rank's jobs. Collective. ``look`` gets each plain model and its number.
+
+        ``of_member``: the workload of each member, where they are unlike.
+        """
         way, between = execution.agreement, groups.between
         if not way.apart:
             whole = _whole(state)
@@ -59,7 +62,9 @@ class Team:
         numbers = tuple(range(between.rank, of, between.size))
         jobs = []
         for number in numbers:
-            part = workload if not isinstance(way, Solo) else _own(workload, way, number)
+            part = workload if of_member is None else of_member(number)
+            if isinstance(way, Solo):
+                part = _own(replace(part, feed=workload.feed), way, number)
             own = _one(state, way, number, of)
             job = assemble(groups, part, execution, own, lambda m, n=number: look(n, m))  # type: ignore[misc]
             if isinstance(way, Solo):
@@ -98,9 +103,14 @@ class Team:
             return self._evaluate_members()
         if self.crew is not None:
             self.crew.settle()
-        meetings = self.job.meetings
-        with contextlib.nullcontext() if meetings is None else meetings.settled():
+        meetings, replica = self.job.meetings, self.job.replica
+        if meetings is None:
             return evaluate(self.job)
+        with meetings.settled():
+            replica.updated()
+            found = evaluate(self.job)
+        replica.updated()
+        return found
 
     def close(self) -> None:
         """After the last step: end what went on beside it. Collective."""

@@ -14,6 +14,7 @@ from shoal.launch import Ranks
 from shoal.recipe import Component, Recipe
 from shoal.recipe.component import read
 from shoal.strategy import Strategy
+from shoal.verify.applies import require_one_device
 from shoal.verify.certificate import Certificate, Difference, Moved
 from shoal.verify.dtypes import dtype_name
 
@@ -78,6 +79,7 @@ def _of_recipe(
     recipe: Recipe, strategy: str | Strategy, dtype: Any
 ) -> tuple[Callable[[], Any], Strategy, int]:
     resolved = resolve(recipe, strategy, Cluster.local())
+    require_one_device(resolved.strategy)
     check_before_start(recipe)
     values = recipe.to_dict()
     return lambda: values, _with_dtype(resolved.strategy, dtype), resolved.threads
@@ -90,6 +92,7 @@ def _of_functions(
     if parsed.is_auto:
         raise Refused("verify needs a strategy, as in strategy='dp2'")
     parsed.check_runnable(batch_size=max(parsed.dp, 1))
+    require_one_device(parsed)
     threads = max(1, Cluster.local().cores // parsed.world_size)
 
     def functions() -> Any:

@@ -39,7 +39,7 @@ def error(mine: Tensor, reference: Tensor, scale: float, size: float | None = No
         return float("inf")
     if not mine.numel():
         return 0.0
-    if not reference.is_floating_point():
+    if not (reference.is_floating_point() or reference.is_complex()):
         return float((mine.to(torch.float64) - reference.to(torch.float64)).abs().max())
     difference = float((mine - reference).abs().max())
     if difference != difference:  # NaN in one of them

@@ -44,6 +44,7 @@ def command(tmp_path, monkeypatch, capfd):
         (["r.yaml", "--set", "optimizer.lrr=1"], "optimizer.lrr: is not a known key"),
         (["r.yaml", "--set", "nonsense"], "nonsense"),
         (["r.yaml", "--strategy", "dp3"], "dp3 on a batch of 2: at most dp2"),
+        (["r.yaml", "--strategy", ""], "an axis is missing"),
         (["r.yaml", "--strategy", "dq2"], "Did you mean dp2?"),
         (["r.yaml", "--strategy", "cp2"], "not in this version yet"),
         (["r.yaml", "--set", "data.train=empty"], "the folder empty holds no class folders"),

@@ -107,7 +107,7 @@ def test_precision_bounds_the_strategy():
     assert not resolve(recipe(), "dp2", machine()).strategy.bf16
 
 
-@pytest.mark.parametrize("strategy", ["dp65", "dq2", "cp2", "dp2/local:4"])
+@pytest.mark.parametrize("strategy", ["dp65", "dq2", "cp2", "dp2/gossip:ring/compress:bf16"])
 def test_what_cannot_run_is_refused(strategy):
     with pytest.raises(StrategyError):
         resolve(recipe(), strategy, machine())

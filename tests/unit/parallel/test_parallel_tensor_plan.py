@@ -137,4 +137,4 @@ def test_communication_of_a_pair_is_one_sum_forward_and_one_backward() -> None:
     assert comm_bytes(mine, rows=10) == {"all_reduce": 2 * 10 * 8 * 4}
     assert comm_bytes(mine, rows=10, training=False) == {"all_reduce": 10 * 8 * 4}
     cut = [node.meta["cut"] for node in mine.graph.nodes if "relu" in node.name]
-    assert cut == [(1, 0, 30)]
+    assert cut == [(1, 0, 30, ())]

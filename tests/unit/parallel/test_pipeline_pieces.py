@@ -18,9 +18,11 @@ from shoal.parallel.pipeline.completion import Completion
 from shoal.parallel.pipeline.microbatches import cut_groups, cut_rows, run_by
 from shoal.parallel.pipeline.outputs import join
 from shoal.parallel.pipeline.weights import Later, split_weights
+from shoal.parallel.replica import user_error
 from shoal.schedule import Action
 from shoal.sync import Alone
 from shoal.trace import trace
+from shoal.trace.emit import emit
 
 
 @given(rows=st.integers(0, 40), microbatches=st.integers(1, 9), size=st.integers(1, 7))
@@ -220,3 +222,62 @@ def test_buffers_that_each_microbatch_would_change_are_refused() -> None:
     with pytest.raises(Refused, match="the forward pass changes the buffer calls"):
         built(Counting().double(), Staging("1f1b", 2))
     built(Counting().double(), Staging("1f1b", 1))
+
+
+class Narrow(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x).relu())
+
+
+def test_buffers_that_are_changed_by_another_name_are_refused_too() -> None:
+    """Power iterations write to a detached view of a buffer."""
+    model = Narrow(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))).double()
+    with pytest.raises(Refused, match=r"the forward pass changes the buffer inner\.param"):
+        built(model, Staging("1f1b", 2))
+    built(model, Staging("1f1b", 1))
+
+
+class Pairs(nn.Module):
+    """Complex numbers as pairs of real ones, seen as complex in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.view(-1, 2, 2)) * torch.view_as_complex(self.weight)
+        return torch.view_as_real(pairs).flatten(1)
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Linear(4, 4).double())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("inner", [Pairs, old_weight_norm])
+def test_models_that_a_copy_without_memory_is_hard_to_make_of(inner: Any) -> None:
+    built(Narrow(inner()).double(), Staging("1f1b", 2))
+
+
+class LooksUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids).sum(1)
+
+
+def test_an_error_in_a_stage_names_the_users_line() -> None:
+    model = LooksUp()
+    run = emit(trace(model, (torch.zeros(3, 2, dtype=torch.long),), 3).graph)
+    with pytest.raises(IndexError) as caught:
+        run(model.table.weight, torch.full((3, 2), 9))
+    said = user_error("the model's forward", caught.value)
+    assert said.hint is not None
+    assert said.hint.startswith(f"in {__file__}:")
+    assert said.hint.endswith("return self.table(ids).sum(1)")

@@ -188,3 +188,30 @@ def test_an_operator_registered_with_its_gradient_is_kept() -> None:
     (expected,) = torch.autograd.grad(model(x).sum(), [model.a.weight])
     found = run(trace(model, x, 3), model, x, [1])
     assert torch.equal(torch.autograd.grad(found.sum(), [model.a.weight])[0], expected)
+
+
+class CountsRows(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.mean.expand(len(x), -1)  # makes a plain number of the number of rows
+        return F.dropout(torch.cat([first, self.a(x)], 1), 0.5)
+
+
+def test_shapes_of_a_trace_for_some_rows_only_are_all_plain_numbers() -> None:
+    traced = trace(CountsRows(), torch.randn(5, 4, dtype=torch.float64), 5)
+    assert traced.static_rows == 5
+    shapes = [node.meta["val"].shape for node in traced.graph.nodes if node.op != "output"]
+    # A symbol before len(x) and none behind it would read as a dropout of something without rows.
+    assert all(type(size) is int for shape in shapes for size in shape)
+
+
+class Unviewable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(x.t())
+
+
+def test_what_torch_logs_of_a_failed_trace_is_not_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(Refused, match="Tensor must have a last dimension with stride 1"):
+        trace(Unviewable(), torch.randn(2, 5), 2)
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]

@@ -84,3 +84,7 @@ def test_a_refusal_is_not_ok():
     refused = Certificate(False, "tp2", 3, refused="not in this version yet")
     assert not refused.ok
     assert refused.text().startswith("refused:")
+
+
+def test_complex_tensors_differ_by_their_imaginary_parts_too() -> None:
+    assert error(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), 1.0) > 0.4

@@ -5,18 +5,20 @@
     live = form.chunks[stage](values)
 
 The first one decides, by counted costs, where the model is cut and which tensors each stage holds;
-any other (evaluation; one that a model with fixed sizes needs for each number of rows) is cut where
-its parameters lie. Models are traced again from a skeleton without memory, since by then a rank has
+any other (evaluation; one that a model with fixed sizes needs for each number of rows; one for a
+batch of a single example, where code may say ``if len(x) == 1``) is cut where its parameters lie.
+Models are traced again from a skeleton without memory, since by then a rank has
 only its own stages' tensors.
 """
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from shoal.errors import Refused
 from shoal.parallel.pipeline.chunk import Chunk
 from shoal.parallel.pipeline.cutting import Cut, choose, cut_at, follow
 from shoal.parallel.pipeline.describing import of_masks, of_stages
@@ -37,10 +39,11 @@ Rewrite = Callable[[Traced, bool], Traced]
 
 @dataclass
 class Form:
-    """One trace, and this rank's stages of it."""
+    """One trace, and this rank's stages of it. ``alone``: for batches of a single example."""
 
     traced: Traced
     chunks: dict[int, Chunk]
+    alone: bool = False
 
     def fits(self, inputs: Any, rows: int) -> bool:
         """Whether the trace holds for these inputs: their number of rows may be free."""
@@ -94,14 +97,27 @@ class Forms:
         self.skeleton = skeleton_of(self.model)
         self.names = names_of(self.model)
 
-    def of(self, *, training: bool, inputs: Any, rows: int) -> Form:
-        """The form for inputs of these shapes, made if it is not there. The same on all ranks."""
+    def of(self, *, training: bool, inputs: Any, rows: int, alone: bool = False) -> Form:
+        """The form for inputs of these shapes, made if it is not there. The same on all ranks.
+
+        ``alone``: the rows are a whole batch of one example. A microbatch of one row is a part of a
+        larger batch, and its form is that one's.
+        """
         known = self._known[training]
-        found = next((form for form in known if form.fits(inputs, rows)), None)
+        fitting = (f for f in known if f.alone == alone and f.fits(inputs, rows))
+        found = next(fitting, None)
         if found is None:
-            found = self._make(training, inputs, rows)
+            make = self._alone if alone else self._make
+            found = make(training, inputs, rows)
             known.append(found)
         return found
+
+    def _alone(self, training: bool, inputs: Any, rows: int) -> Form:
+        """A trace of one row; without any (batch norm refuses one value), that of more rows."""
+        try:
+            return replace(self._make(training, inputs, rows), alone=True)
+        except Refused:
+            return replace(self.of(training=training, inputs=inputs, rows=rows), alone=True)
 
     def in_backward(self, key: StepKey) -> contextlib.AbstractContextManager[object]:
         """For a backward pass: what a block of its own accord runs again draws as we count."""

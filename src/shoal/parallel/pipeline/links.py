@@ -105,7 +105,7 @@ class Links:
             self._here[message] = [None if t is None else _handed(t) for t in tensors]
             return
         taken = self._taken_at(message, to)
-        for spec, tensor in zip(self._specs(message, tensors, to), tensors, strict=True):
+        for spec, tensor in zip(self._specs(message, tensors, to, taken), tensors, strict=True):
             if spec is not None and tensor is not None and tensor.numel():
                 pending = self._group.send_later(_flat(tensor, spec), to, "activation")
                 self._sending.setdefault(to, []).append((taken, pending))
@@ -131,14 +131,14 @@ class Links:
         self._sending[source] = left
 
     def _specs(
-        self, message: Message, tensors: Sequence[Tensor | None], to: int
+        self, message: Message, tensors: Sequence[Tensor | None], to: int, taken: int
     ) -> list[Spec | None]:
         place = self._place(message)
         known = self._known.get(place)
         if known is None:
             specs = [None if tensor is None else Spec.of(tensor) for tensor in tensors]
             self._known[place] = specs
-            self._tell(specs, to)
+            self._tell(specs, to, taken)
             return specs
         for number, (spec, tensor) in enumerate(zip(known, tensors, strict=True)):
             if _differs(spec, tensor):
@@ -150,20 +150,19 @@ class Links:
                 )
         return known
 
-    def _tell(self, specs: list[Spec | None], to: int) -> None:
+    def _tell(self, specs: list[Spec | None], to: int, taken: int) -> None:
         document = [None if spec is None else list(vars(spec).values()) for spec in specs]
         data = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
         for part in (torch.tensor([len(data)]), data):
             pending = self._group.send_later(part.to(self._device), to, "start-up")
-            self._sending.setdefault(to, []).append((-1, pending))
+            self._sending.setdefault(to, []).append((taken, pending))
 
     def receive(self, message: Message) -> Tensors:
         """The tensors of a message, once they are there."""
         source = self._table.rank_of(message.stage)
         while message not in self._here:
-            coming, tensors, pending = (
-                self._arriving.pop(source) if source in self._arriving else self._ask(source)
-            )
+            ahead = source in self._arriving
+            coming, tensors, pending = self._arriving.pop(source) if ahead else self._ask(source)
             self._ask_ahead(source)
             for each in pending:
                 each.wait()

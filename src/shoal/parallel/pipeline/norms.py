@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from shoal.errors import Refused
 from shoal.parallel.batch_groups import BatchGroups
 from shoal.parallel.statistics import GroupBatchNorm, use_groups
-from shoal.trace.aliases import written_by
+from shoal.trace.aliases import Sharing, written_by
 
 aten = torch.ops.aten
 
@@ -91,12 +91,19 @@ def _drop_counters(traced: HasGraph) -> None:
 
 
 def refuse_written_buffers(traced: HasGraph) -> None:
-    """Raise `Refused` if the forward pass changes a buffer: each microbatch would."""
+    """Raise `Refused` if the forward pass changes a buffer: each microbatch would.
+
+    By whatever name: what is written to without gradient is a detached view of it.
+    """
+    sharing = Sharing.of(traced.graph)
+    held = {sharing.root(node): traced.state[node.name] for node in traced.graph.nodes
+            if node.name in traced.state}  # fmt: skip
     for node in traced.graph.nodes:
         for written in written_by(node) if node.op == "call_function" else ():
-            if written.name in traced.state:
+            name = held.get(sharing.root(written))
+            if name is not None:
                 raise Refused(
-                    f"the forward pass changes the buffer {traced.state[written.name]} (at "
+                    f"the forward pass changes the buffer {name} (at "
                     f"{node.meta.get('line')}), and several microbatches would change it as often",
                     hint="Use mb:1, or a strategy without pp.",
                 )

@@ -83,13 +83,17 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None:
                 stands_for[id(buffer)] = buffer
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # copy.deepcopy refuses these
+                stands_for[id(value)] = value.detach()
     return copy.deepcopy(model, stands_for)
 
 
 def _hollow(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter of the same shape that is one number in memory (where its strides allow)."""
     with torch.no_grad():
-        if parameter.is_contiguous():
+        pairs = parameter.shape[-1:] == (2,)  # of real numbers may become complex ones: a view
+        if parameter.is_contiguous() and not pairs:
             tensor = parameter.new_zeros(()).expand(parameter.shape)
         else:
             tensor = torch.empty_like(parameter)  # channels last: strides are part of a trace

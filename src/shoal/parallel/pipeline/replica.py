@@ -94,10 +94,14 @@ class StagedReplica:
 
     @property
     def layout(self) -> dict[str, Part]:
-        """Which part of each tensor this rank holds; those of other stages are not there."""
-        state = self.model.state_dict(keep_vars=True)
+        """Which part of each tensor this rank holds; those of other stages are not there.
+
+        Of buffers that no checkpoint has, those that are cut.
+        """
+        state, cut = self.model.state_dict(keep_vars=True), self._parts.cut
         whole = {name: Part.whole(tuple(tensor.shape)) for name, tensor in state.items()}
-        held = whole | {name: part for name, part in self._parts.cut.items() if name in whole}
+        here = whole.keys() | {name for name, _ in self.model.named_buffers()}
+        held = whole | {name: part for name, part in cut.items() if name in here}
         return self._parts.states.layout(held)
 
     @property
@@ -329,9 +333,12 @@ class StagedReplica:
         for number, piece in run.pieces.items():
             inputs = each_tensor(lambda leaf, p=piece: some_rows(leaf, p, rows), batch.inputs)  # type: ignore[misc]
             size = piece.stop - piece.start
-            run.forms[number] = form = parts.forms.of(training=training, inputs=inputs, rows=size)
+            run.forms[number] = form = parts.forms.of(
+                training=training, inputs=inputs, rows=size, alone=share.batch_examples == 1
+            )
             run.inputs[number] = form.named(inputs)
-        keys = {m: (training, shapes_of(values)) for m, values in run.inputs.items()}
+        kind = (training, share.batch_examples == 1)
+        keys = {m: (*kind, shapes_of(values)) for m, values in run.inputs.items()}
         parts.links.begin(keys, backward=training)
         return run
 

@@ -12,9 +12,11 @@ example), so the same elements drop on one device and on any number of ranks, in
 functions, in a traced graph and in a piece of a tensor; and a resumed run needs no generator's
 state.
 
-What else draws from torch's own generator inside a model (noise, the dropout within an LSTM) is
-seeded anew at each step, by (seed, step, rank): repeatable and resumable, but dependent on the
-split, and `verify` shows the difference. In a traced graph it is refused.
+Noise (`torch.randn`, `rand`, `bernoulli`, … with a dimension of the examples) is counted likewise
+in a model that runs as it is. What else draws from torch's generator (`multinomial`, dropout within
+an LSTM) is seeded anew at each step by (seed, step, rank): that can be repeated and resumed, but
+depends on the split, so it is refused by name on several ranks and in microbatches. In a traced
+graph all that is not dropout is refused.
 """
 
 from shoal.parallel.randomness.functional import counted, intercepting, replaying, run_within

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from shoal.errors import Refused
+from shoal.parallel.randomness.drawing import DRAWING
 from shoal.parallel.randomness.key import Moment, StepKey
+from shoal.parallel.randomness.masks import ANYWHERE, Place
 from shoal.parallel.randomness.ops import ATTENTION, Attention, attend, drop
 
 
@@ -30,22 +34,35 @@ from shoal.parallel.randomness.ops import ATTENTION, Attention, attend, drop
 def counted(key: StepKey, model: nn.Module) -> Iterator[None]:
     """Inside, functional dropout has masks by `key`. For one forward pass of `model`.
 
-    A model in evaluation runs as it is. One that turns to functional dropout after a
-    first pass without has a step of torch's own masks before it is found out.
+    A model in evaluation runs as it is. Raises `Refused` where something else has drawn from
+    torch's generator, and what it has drawn depends on the split.
     """
     if not model.training:
         yield
         return
-    before = _drawn()
-    if key.intercepts is False:
-        yield
-        key.intercepts = not torch.equal(before, _drawn())
-        return
+    before, first = _drawn(), key.intercepts is None
     with intercepting(key) as mode:
         yield
-    if key.intercepts is None:
+    drew = not torch.equal(before, _drawn())
+    if mode is not None and mode.drew:
+        drew = True
+    if drew and key.splits:
+        raise _not_counted(mode.drew if mode is not None else "")
+    if first:
         assert mode is not None
-        key.intercepts = mode.found or not torch.equal(before, _drawn())
+        key.intercepts = mode.found or drew
+    elif drew:
+        key.intercepts = True
+
+
+def _not_counted(what: str) -> Refused:
+    what = what or "one of torch's functions"
+    return Refused(
+        f"the model draws random numbers with {what}, and they "
+        "would be others on several ranks or in microbatches than on one device",
+        hint="Dropout, torch.rand, randn, bernoulli and their like are counted where a dimension "
+        "is that of the examples. Draw with these, or train this model with `single`.",
+    )
 
 
 @contextlib.contextmanager
@@ -93,13 +110,32 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.key = key
         self.found = False
+        self.drew = ""  # what has drawn from torch's own generator, and where
+        self._looks = key.intercepts is None and key.splits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = _FUNCTIONS.get(func)
         # A graph that the user has had compiled would hold the masks of one step: it draws its own.
-        if function is None or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs) if kwargs else func(*args)
-        return self.answer(function, func, *args, **(kwargs or {}))
+        if function is not None:
+            return self.answer(function, func, *args, **(kwargs or {}))
+        drawing = DRAWING.get(func)
+        if drawing is not None and not torch.compiler.is_exporting():
+            drawn = self.answer(drawing, func, *args, **(kwargs or {}))
+            if drawn is not None:
+                return drawn
+        if self._looks and not self.drew:
+            return self._watched(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _watched(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function, and see whether it draws: in a first pass only, for what it costs."""
+        before = _drawn()
+        result = func(*args, **kwargs)
+        if kwargs.get("generator") is not None or not torch.equal(before, _drawn()):
+            self.drew = f"{getattr(func, '__name__', func)} ({_callers_line()})"
+        return result
 
     def answer(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """What `function` gives instead of one of torch's."""
@@ -136,7 +172,9 @@ class _Dropping:
         name = mode.next_name(self.kind)
         alone = input.dim() == self.unbatched
         given = input.unsqueeze(0) if alone else input
-        output = drop(mode.key, name, self.kind, given, p, inplace=inplace)
+        # Weights that drop have no examples, and drop alike everywhere.
+        place = Place(None) if isinstance(input, nn.Parameter) else ANYWHERE
+        output = drop(mode.key, name, self.kind, given, p, inplace=inplace, place=place)
         if inplace:
             return input
         return output.squeeze(0) if alone else output
@@ -190,6 +228,19 @@ def _through(function: Any) -> Any:
 
 
 _QUESTIONS = ("has_torch_function", "has_torch_function_unary")
+
+
+def _callers_line() -> str:
+    """The innermost line on the stack that is neither torch's nor Shoal's."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_LIBRARIES):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a place that is not known"
+
+
+_LIBRARIES = (str(torch.__path__[0]), str(Path(__file__).parents[2]))
 
 
 def _never(*_: Any) -> bool:

@@ -41,6 +41,8 @@ class StepKey:
     replays: bool = False
     # Whether the model drops elements outside its layers: None until a training pass has shown it.
     intercepts: bool | None = None
+    # Whether the rows of a step are not all in one forward pass: on several ranks, or one by one.
+    splits: bool = False
     active: bool = False
 
     def begin(self, step: int, rows: Tensor, rank: int) -> None:

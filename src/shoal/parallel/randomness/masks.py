@@ -29,12 +29,20 @@ FIND: Final = -1  # the dimension of the rows is the one that fits their number
 class Cut(NamedTuple):
     """Here are positions ``offset, …`` of `size` in all, along `dim`, of a larger tensor.
 
-    In the dimension of the rows, offset and size count positions of one example.
+    In the dimension of the rows, offset and size count positions of one example. ``ranges``: the
+    positions (start, stop), where they are not one range.
     """
 
     dim: int
     offset: int
     size: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Where the `count` positions here are in the larger tensor."""
+        if not self.ranges:
+            return torch.arange(self.offset, self.offset + count, device=device)
+        return torch.cat([torch.arange(*each, device=device) for each in self.ranges])
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def dropped(
     ``name`` names the call within the step. A tensor without rows has one mask for all ranks; one
     whose rows are not found has a mask for each rank, which depends on the split.
     """
-    at = _find_rows(key, shape) if place.rows_at == FIND else place.rows_at
+    at = find_rows(key, shape) if place.rows_at == FIND else place.rows_at
     if at is not None and (key.rows is None or not len(key.rows) or shape[at] % len(key.rows)):
         at, name = None, f"{name}@rank {key.rank}"
     elif at is None and place.rows_at == FIND and list(shape[:1]) != [1]:
@@ -84,7 +92,7 @@ def dropped(
     return found.movedim(0, at) if at else found
 
 
-def _find_rows(key: StepKey, shape: Sequence[int]) -> int | None:
+def find_rows(key: StepKey, shape: Sequence[int]) -> int | None:
     """The first dimension, if it has as many positions for each row; else one that is the rows."""
     count = len(key.rows) if key.rows is not None else 0
     if not count or not shape:
@@ -100,9 +108,8 @@ def _numbers(sizes: list[int], axis: int, cut: Cut | None, device: torch.device)
     whole = [cut.size if index == axis else size for index, size in enumerate(sizes)]
     numbers = torch.zeros((), dtype=torch.int64, device=device)
     for index, size in enumerate(sizes):
-        start = cut.offset if index == axis else 0
-        steps = torch.arange(start, start + size, device=device) * math.prod(whole[index + 1 :])
-        numbers = numbers[..., None] + steps
+        here = cut.positions(size, device) if index == axis else torch.arange(size, device=device)
+        numbers = numbers[..., None] + here * math.prod(whole[index + 1 :])
     return numbers.flatten()
 
 
@@ -128,6 +135,13 @@ def chosen(key: int, rows: Tensor, elements: int | Tensor, probability: float) -
             bits = _mix(row_keys[part[0], None] + counters[None, part[1]]) >> 40
             torch.lt(bits & (_RANGE - 1), below, out=result[part])
     return result
+
+
+def bits(key: int, rows: Tensor, elements: int) -> Tensor:
+    """64 random bits for each element of each row, as int64 ``[len(rows), elements]``."""
+    golden = signed(0x9E3779B97F4A7C15)
+    counters = (torch.arange(elements, device=rows.device) + 1) * golden
+    return _mix(_mix((rows + 1) * golden + key)[:, None] + counters)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shoal.comm import Group
 from shoal.errors import Refused
+from shoal.parallel.hooks import refuse_hooks
 from shoal.parallel.tensor.plan import Graphed, TensorPlan, trained_placeholders
 from shoal.parallel.tensor.rewrite import Rewriting
 from shoal.parallel.tensor.split import CannotCut
@@ -52,9 +53,11 @@ def apply(made: TensorPlan, traced: T, model: nn.Module, group: Group) -> T:
 def cut_model(made: TensorPlan, model: nn.Module, rank: int) -> None:
     """Leave in `model` this rank's part of each parameter and buffer, under all of its names.
 
-    One after another, so that the whole ones need not be there beside all parts.
+    One after another, so that the whole ones need not be there beside all parts. Raises `Refused`
+    for one with a hook of the user's own, which would be lost.
     """
     names = {**_names(model.named_parameters()), **_names(model.named_buffers())}
+    refuse_hooks({name: names[name] for name in made.cuts}, f"tp{made.ranks}")
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):

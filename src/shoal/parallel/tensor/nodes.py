@@ -158,15 +158,16 @@ def local_value(whole: Tensor, cut: Cut | None, rank: int) -> Tensor:
 
 
 def describe(node: Node, cut: Cut | None, rank: int) -> None:
-    """``meta["cut"] = (dim, offset, global size)``; offset None where the part is several ranges.
+    """``meta["cut"] = (dim, offset, global size, ranges)``: ranges where there are several.
 
     ``meta["split"] = (dim, Split, rank)`` says it in every case.
     """
     if cut is None:
         return
     split = cut.split
-    one = split.outer == 1 and len(split.blocks) == 1
-    node.meta["cut"] = (cut.dim, split.blocks[0].bounds[rank] if one else None, split.size)
+    ranges = tuple(split.ranges(rank))
+    offset = ranges[0][0] if ranges else 0
+    node.meta["cut"] = (cut.dim, offset, split.size, ranges if len(ranges) > 1 else ())
     node.meta["split"] = (cut.dim, split, rank)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from shoal.comm import Groups
+from shoal.parallel.hooks import refuse_hooks
 from shoal.parallel.zero.gathered import GatheredRows
 from shoal.parallel.zero.offload import Offloaded
 from shoal.parallel.zero.optimizer_rows import OptimizerRows
@@ -54,6 +55,8 @@ def shard(
     graphs of a traced model gather from, for the stages 2 and 3 of one.
     """
     states: States
+    if stage > 1 and groups.shard.size > 1:
+        refuse_hooks(dict(model.named_parameters()), f"zero{stage}")
     if stage == 0 or groups.shard.size == 1:
         states = Whole(model)
     elif stage == 1:

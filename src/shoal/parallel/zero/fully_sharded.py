@@ -58,6 +58,7 @@ class FullySharded:
         _lay_out(model)
         twin = Twin(model)
         self._wrap(root, model)
+        self._outermost: Any = root
         twin.fill(self._piece)
         self.holding = twin.root
 
@@ -184,7 +185,8 @@ class FullySharded:
         return self._group.all_reduce(squares.cpu(), "agreement").sqrt().to(own)
 
     def spread(self) -> None:
-        """Nothing: a unit is gathered where it runs."""
+        """Let go of what an evaluation has gathered: weights may have changed since."""
+        self._outermost.reshard()
 
 
 class _Comm:
