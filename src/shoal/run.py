@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _INPUTS = ("recipe.yaml", "strategy.json", "cluster.json")
 _LOCK = ".lock"
+_STALENESS = "staleness.jsonl"
 
 
 class Lines:
@@ -217,6 +218,14 @@ class Run:
         """`metrics.jsonl`, to add many lines to; opened with the first one."""
         return Lines(self.path / "metrics.jsonl")
 
+    def staleness_log(self) -> "Lines":
+        """`staleness.jsonl`, of asynchronous runs: a line per contribution."""
+        return Lines(self.path / _STALENESS)
+
+    def staleness(self) -> list[dict[str, Any]]:
+        """The lines of `staleness.jsonl`, in the order in which contributions were applied."""
+        return read_lines(self.path / _STALENESS)
+
     def log_event(
         self,
         event: str,
@@ -242,11 +251,12 @@ class Run:
 
         Lines without a step stay. Each file is replaced as a whole.
         """
-        for name in ("metrics.jsonl", "events.jsonl"):
+        # Metrics are after a step, contributions to one.
+        for name, last in (("metrics.jsonl", step), ("events.jsonl", step), (_STALENESS, step - 1)):
             file = self.path / name
             if not file.exists():
                 continue
-            kept = [line for line, value in _lines(file) if (value.get("step") or 0) <= step]
+            kept = [line for line, value in _lines(file) if (value.get("step") or 0) <= last]
             _replace(file, b"".join(line + b"\n" for line in kept))
 
     @contextlib.contextmanager
@@ -343,6 +353,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return value
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines; a last one that is half written is left out.
+
+    None in a file that is not there. Raises `RunFolderError` for what is no such file.
+    """
+    return [value for _, value in _lines(file)]
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -17,7 +17,7 @@ SOURCE = ROOT / "src/shoal"
 OPTIONS = {
     "train": {
         "--strategy", "-s", "--out", "--set", "--resume", "--max-restarts", "--comm", "--verbose",
-        "--json", "--debug", "--help", "-h",
+        "--replay", "--json", "--debug", "--help", "-h",
     },
     "predict": {
         "--how", "--strategy", "-s", "--data", "--out", "--compare", "--skip-damaged", "--json",

@@ -34,6 +34,13 @@ Comm = Annotated[
         help="What carries data between ranks: shm is memory that one host's ranks share."
     ),
 ]
+Replay = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="LEDGER",
+        help="Apply contributions in the order of an asynchronous run: its staleness.jsonl.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Add tracebacks to errors.")]
 
@@ -49,6 +56,7 @@ def command(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again when a rank dies.")
     ] = 0,
+    replay: Replay = None,
     comm: Comm = Carrier.AUTO,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show more.")] = False,
     as_json: AsJson = False,
@@ -65,7 +73,7 @@ def command(
 
         loaded = load_recipe(recipe, tuple(changes or ()))
         transport = "shared_memory" if comm is Carrier.SHM else comm.value
-        options = Options(out, resume, max_restarts, verbose, transport=transport)
+        options = Options(out, resume, max_restarts, verbose, replay=replay, transport=transport)
         chosen = loaded.strategy_default if strategy is None else strategy
         ended = train_with(loaded.recipe, chosen, None, options, begin)
     if ended.error is not None:

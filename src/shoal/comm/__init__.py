@@ -11,12 +11,16 @@ identity.
 from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import is_peer_failure, peer_failures
 from shoal.comm.groups import Group, Groups, Transport
+from shoal.comm.mail import NUMBERS, Letter, Mail
 from shoal.comm.pending import Pending
 
 __all__ = [
+    "NUMBERS",
     "Counter",
     "Group",
     "Groups",
+    "Letter",
+    "Mail",
     "Pending",
     "Purpose",
     "Transport",

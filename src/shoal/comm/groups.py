@@ -190,6 +190,7 @@ class Groups:
     ``between`` are the ranks with the same place in each replica, where replicas have weights of
     their own for a while, and ``inner`` the groups within one replica, as if it were alone; None
     where they agree at every step.
+    ``mail`` are all ranks over connections for `Mail`: host memory only, None without.
     ``transport`` is what carries their collectives, "none" for a rank alone; ``reason`` why "auto"
     could not take shared memory on the CPU.
     """
@@ -206,6 +207,7 @@ class Groups:
     copies: Group = field(default_factory=lambda: Group(0, 1))
     between: Group = field(default_factory=lambda: Group(0, 1))
     inner: "Groups | None" = None
+    mail: Group | None = None
     transport: str = "none"
     reason: str | None = None
 
@@ -242,6 +244,7 @@ class Groups:
         axes: Axes = (),
         shards: int | None = None,
         apart: bool = False,
+        mail: bool = False,
         transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> "Groups":
@@ -250,7 +253,7 @@ class Groups:
         ``axes``: a strategy's (name, degree), outermost first; without any all are replicas.
         ``shards``: how many ranks of the data axis, next to one another, are a shard group; None
         for all of them. ``apart``: whether replicas (shard groups, if there are any) have weights
-        of their own for a while.
+        of their own for a while. ``mail``: whether threads are to exchange letters.
         ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
         CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
         shared memory that was asked for.
@@ -261,7 +264,7 @@ class Groups:
         timeout = timedelta(seconds=timeout_s)
         place = open_store(store, rank, world_size, timeout)
         mesh = Mesh(axes or (("dp", world_size),)).with_shards(shards)
-        member = _Member(rank, mesh, PrefixStore(generation, place), timeout, apart)
+        member = _Member(rank, mesh, PrefixStore(generation, place), timeout, apart, mail)
         with peer_failures():
             reason = _why_not_shared(transport, device)
             if reason is None:
@@ -298,6 +301,7 @@ class _Member:
     meeting: PrefixStore
     timeout: timedelta
     apart: bool = False
+    mail: bool = False
 
     def groups(self, backend: str, device: torch.device) -> Groups:
         """Every group of this rank.
@@ -333,6 +337,8 @@ class _Member:
                 tensor=group(("tp",)),
                 pipeline=group(("pp",)),
                 model=group(("pp", "tp")),
+                # Shared memory has no sends and receives from several threads.
+                mail=self._group([everyone], "gloo", world, own=True) if self.mail else None,
                 device=device,
             )
             return self._apart(made, group, cut=cut) if self.apart else made

@@ -13,12 +13,13 @@ from shoal.checkpoint import Checkpoint
 from shoal.checkpoint.optimizer_state import restore
 from shoal.comm import Groups
 from shoal.errors import Refused
+from shoal.job.owning import share_out
 from shoal.job.sharing import Feed, ReplicaFeed, shares
 from shoal.job.workload import Execution, Workload, local_batch
 from shoal.layout import Part
 from shoal.parallel import LocalBatch, Replica, Share, Split, build_replica
 from shoal.parallel.hooks import refuse_max_norm
-from shoal.strategy import Solo
+from shoal.strategy import Async, Solo
 from shoal.sync import (
     Agreement,
     Meetings,
@@ -46,6 +47,7 @@ class Job:
     feed: Feed | None = None  # what the replica reads, if that is not the workload's global batch
     evaluation: Feed | None = None  # likewise
     meetings: Meetings | None = None  # of replicas that have weights of their own for a while
+    owned: dict[str, int] | None = None  # in asynchronous SGD: which rank owns which tensor
     warnings: tuple[str, ...] = ()  # what whoever started the run should know
 
     @property
@@ -81,13 +83,19 @@ class Job:
 
         Returns the first parameter group's.
         """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._factor(step)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def learning_rate(self, step: int) -> float:
+        """The first parameter group's rate in `step`; nothing is set."""
+        return float(self.optimizer.param_groups[0]["initial_lr"] * self._factor(step))
+
+    def _factor(self, step: int) -> float:
         # The middle of the step: a warm-up's first step and a cosine's last would else be wasted.
         work = self.workload
         seen = work.samples_before(step) + work.feed.batch_examples(step) / 2
-        factor = work.schedule(min(1.0, seen / work.total_samples))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return float(self.optimizer.param_groups[0]["lr"])
+        return work.schedule(min(1.0, seen / work.total_samples))
 
     def update(self) -> Tensor | None:
         """Clip, update, and forget the gradients; the gradient's norm where it was needed."""
@@ -138,7 +146,12 @@ def assemble(
     build = _staged if execution.staged else _eager
     within = groups.within
     replica = build(within, workload, execution, model)
+    owned = None
+    if isinstance(execution.agreement, Async) and groups.mail is not None:
+        owned = share_out(replica, groups, execution.agreement)
     _rebind(optimizer, group_names, dict(replica.holding.named_parameters()))
+    if owned is not None:
+        learn.check_parted(optimizer)
     cut = (execution.zero and within.data.size > 1) or groups.tensor.size > 1
     warnings = learn.check_cut(optimizer) if cut else ()
     if groups.pipeline.size > 1 and not cut:
@@ -152,9 +165,12 @@ def assemble(
     )
     agreement.attach(replica)
     job = Job(groups, workload, replica, agreement, optimizer, 0, group_names, warnings=warnings)
+    job.owned = owned
     if state is not None:
         _restore_optimizer(state, job)
         job.next_step = state.step
+    if owned is not None and workload.evaluation is not None:
+        job.evaluation = ReplicaFeed(workload.evaluation, groups.between.rank, groups.between.size)
     if apart:
         _set_apart(job, execution, place)
     if state is not None:

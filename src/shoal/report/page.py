@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.errors import DiskFull, RunFolderError
 from shoal.report.charts import Chart, run_charts, to_json
 from shoal.report.reading import RunDocuments, read_run
+from shoal.report.staleness import staleness_rows
 from shoal.report.values import Row, moment_text, number, rank_table, rows, seconds_text, text_of
 from shoal.units import format_count
 from shoal.version import __version__
@@ -37,7 +38,15 @@ if TYPE_CHECKING:
 
 _MAX_EVENTS = 300
 # Keys of run.json with a place of their own on the page; the others are listed under "Run".
-_PLACED = {"peak_memory_bytes", "comm_bytes", "timings", "versions", "members", "metrics"}
+_PLACED = {
+    "peak_memory_bytes",
+    "comm_bytes",
+    "timings",
+    "versions",
+    "members",
+    "metrics",
+    "staleness",
+}
 _STATES = {"done": "good", "stopped": "fair", "failed": "bad"}
 
 
@@ -239,7 +248,9 @@ def _tables(documents: RunDocuments) -> list[Table]:
         "Members": summary.get("members"),
         "Versions": summary.get("versions"),
     }
-    return [Table(title, tuple(rows(value))) for title, value in shown.items() if value]
+    tables = [Table(title, tuple(rows(value))) for title, value in shown.items() if value]
+    staleness = staleness_rows(summary)
+    return [*tables, Table("Staleness", tuple(staleness))] if staleness else tables
 
 
 def _communication(documents: RunDocuments) -> list[tuple[str, Any]]:

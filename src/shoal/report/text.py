@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shoal.errors import ShoalError
+from shoal.report.staleness import staleness_text
 from shoal.report.values import number, seconds_text, text_of
 from shoal.units import format_count
 
@@ -84,6 +85,8 @@ def summary_lines(summary: Mapping[str, Any]) -> str:
     lines = [_result(summary, state)]
     if speed := _speed(summary):
         lines.append(speed)
+    if staleness := staleness_text(summary):
+        lines.append(staleness)
     run = summary.get("run")
     if run:
         folder = Path(str(run))

@@ -180,8 +180,7 @@ def not_yet(strategy: Strategy) -> list[str]:
         if axis in names
     ]
     missing += _not_sent_yet(strategy)
-    if isinstance(strategy.agreement, Async):
-        missing.append(str(strategy.agreement))
+    missing += _not_async_yet(strategy)
     if strategy.zero is not None and strategy.zero.stage > 1 and strategy.compile:
         missing.append(f"{strategy.zero} with +compile")
     missing += _not_staged_yet(strategy)
@@ -190,6 +189,16 @@ def not_yet(strategy: Strategy) -> list[str]:
     if strategy.exact is not None:
         missing.append(f"exact:{strategy.exact}")
     return missing
+
+
+def _not_async_yet(strategy: Strategy) -> list[str]:
+    """What asynchronous SGD can't be combined with yet: there a replica is one whole rank."""
+    if not isinstance(strategy.agreement, Async):
+        return []
+    cut = [f"{name}{degree}" for name, degree in strategy.axes if name in ("pp", "tp")]
+    cut += [str(strategy.zero)] if strategy.zero is not None else []
+    cut += ["offload"] if strategy.offload else []
+    return [f"{strategy.agreement} with {' and '.join(cut)}"] if cut else []
 
 
 def _not_sent_yet(strategy: Strategy) -> list[str]:

@@ -21,9 +21,9 @@ from shoal.strategy.parts import Compress, Schedule, Zero
 EVERY_STEP = Sync()
 RUNS_NOW = (
     "ppN, dpN and tpN in any product, with /zero1, /zero2, /zero3[:G], /mb:M, /sp, /offload, the "
-    "schedules gpipe, 1f1b, interleaved:V, zb and zbv, the agreements sync, local:H, diloco:H, "
-    "easgd:H, gossip:GRAPH and solo, /compress:METHOD, and +bf16, +channels_last, +recompute and, "
-    "without pp and tp, +compile"
+    "schedules gpipe, 1f1b, interleaved:V, zb and zbv, the agreements sync, async:S, local:H, "
+    "diloco:H, easgd:H, gossip:GRAPH and solo, /compress:METHOD, and +bf16, +channels_last, "
+    "+recompute and, without pp and tp, +compile"
 )
 
 

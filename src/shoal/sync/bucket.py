@@ -41,7 +41,7 @@ class Bucket:
         self.used = self.flat[elements:]
         self._views, start = [], 0
         for parameter in parameters:
-            self._views.append(_view(self.flat, start, parameter))
+            self._views.append(view_in(self.flat, start, parameter))
             start += parameter.numel()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -96,7 +96,7 @@ def cut(parameters: Iterable[nn.Parameter], max_bytes: int) -> list[Bucket]:
     return [Bucket(each) for each in buckets]
 
 
-def _view(flat: Tensor, start: int, parameter: nn.Parameter) -> Tensor:
+def view_in(flat: Tensor, start: int, parameter: Tensor) -> Tensor:
     """The parameter's place in `flat`, with its strides: optimizers are slow over others."""
     shape, strides = parameter.shape, parameter.stride()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

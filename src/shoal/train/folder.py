@@ -26,7 +26,13 @@ class Options:
     max_restarts: int = 0
     verbose: bool = False
     tell_end: bool = False  # with a line among those of the progress
+    replay: Path | None = None  # the ledger of an asynchronous run, to be followed
     transport: str = "auto"  # between ranks: auto, shared_memory, gloo
+
+
+def replayed(options: Options) -> str | None:
+    """The ledger that a run follows, wherever its ranks are started."""
+    return None if options.replay is None else str(options.replay.resolve())
 
 
 def open_run(recipe: Recipe, options: Options) -> Run:

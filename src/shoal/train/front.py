@@ -34,6 +34,7 @@ from shoal.train.folder import (
     failed,
     finish,
     open_run,
+    replayed,
     start,
     write_report,
 )
@@ -150,6 +151,7 @@ class _Front:
             "run": str(self._run.path.resolve()),
             "resume": resume,
             "transport": self._options.transport,
+            "replay": replayed(self._options),
         }
         self._ranks_started = True
         with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:

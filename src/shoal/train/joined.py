@@ -20,7 +20,7 @@ from shoal.launch import Context, described, joined_context
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.train.ended import Ended, after_start
-from shoal.train.folder import Options, failed, finish, open_run, start, write_report
+from shoal.train.folder import Options, failed, finish, open_run, replayed, start, write_report
 from shoal.train.rank import Task, train_on_rank
 
 LAST_WORDS_S = 2.0  # how long rank 0 waits for a lost rank's reason to appear in the run folder
@@ -85,6 +85,7 @@ class _Part:
             run=None,
             resume=self._options.resume,
             transport=self._options.transport,
+            replay=replayed(self._options),
         )
         try:
             summary = train_on_rank(self._context, task, open_folder, self._opened)

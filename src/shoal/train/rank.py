@@ -1,7 +1,7 @@
 """One rank's part of a run: meet, compare, assemble, train, say how it went."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from shoal.job import Execution, Job, workload_of
 from shoal.launch import Context, allocator
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.strategy import Solo, Strategy
+from shoal.strategy import Async, Solo, Strategy
 from shoal.train.agree_start import compare, describe_parameters, model_digests
+from shoal.train.asynchronous import crew_of, staleness_of
 from shoal.train.clock import Stopwatch
 from shoal.train.document import versions
 from shoal.train.located import located
@@ -35,6 +36,7 @@ class Task:
     run: str | None  # the run's folder; None where rank 0 opens it once the ranks have met
     resume: bool
     transport: str = "auto"  # a `comm.Transport`
+    replay: str | None = None  # a ledger whose order is followed
 
 
 def train_on_rank(
@@ -62,7 +64,8 @@ def train_on_rank(
         device,
         axes=strategy.axes,
         shards=strategy.shards,
-        apart=strategy.agreement.apart,
+        apart=strategy.agreement.apart or isinstance(strategy.agreement, Async),
+        mail=isinstance(strategy.agreement, Async),
         transport=cast(Transport, task.transport),
     )
     if groups.world.rank == 0 and groups.reason is not None:
@@ -126,6 +129,8 @@ def _train(
             run.log_event("warning", message)
             context.send({"kind": "event", "event": "warning", "message": message})
         tell(split_of(job), run, context.send)
+    crew = crew_of(job, strategy.agreement, recipe, run, task.replay, context.send)
+    team = replace(team, crew=crew)
     loop = Loop(team, recipe, run, str(strategy), context.send, watch)
     if state is not None:
         loop.resume(state.manifest.train)
@@ -136,7 +141,9 @@ def _train(
             run.cut_after(job.next_step)
         context.send(_start_message(job, recipe, strategy, resumed=state is not None))
     outcome = loop.run_to_end(context.stop_requested.is_set)
-    return _summary(job, loop, outcome, memory, state)
+    team.close()
+    summary = _summary(job, loop, outcome, memory, state)
+    return summary | staleness_of(run, strategy.agreement, crew)
 
 
 def device_of(kind: str, local_rank: int) -> torch.device:

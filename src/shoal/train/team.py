@@ -22,6 +22,7 @@ from shoal.job import Execution, Job, Workload, assemble
 from shoal.predict import Evaluation, evaluate
 from shoal.strategy import Agreement, Solo
 from shoal.train.apart import apart_step
+from shoal.train.crew import Crew
 from shoal.train.snapshot import snapshot_of
 from shoal.train.step import Flags, StepResult, train_step
 from shoal.train.times import StepTimes
@@ -37,6 +38,7 @@ class Team:
     numbers: tuple[int, ...] = (0,)
     replicas: int = 1
     agreement: Agreement | None = None
+    crew: Crew | None = None  # of asynchronous SGD
 
     @classmethod
     def of(
@@ -89,6 +91,8 @@ class Team:
 
     def step(self, step: int, flags: Flags, times: StepTimes) -> StepResult:
         """Do a training step. Collective."""
+        if self.crew is not None:
+            return self.crew.step(step, flags, times)
         if self.is_apart:
             return apart_step(self.jobs, step, flags, times)
         return train_step(self.job, step, flags, times)
@@ -97,6 +101,8 @@ class Team:
         """Loss and metrics of the model; of members their mean. Collective."""
         if isinstance(self.agreement, Solo):
             return self._evaluate_members()
+        if self.crew is not None:
+            self.crew.settle()
         meetings, replica = self.job.meetings, self.job.replica
         if meetings is None:
             return evaluate(self.job)
@@ -105,6 +111,11 @@ class Team:
             found = evaluate(self.job)
         replica.updated()
         return found
+
+    def close(self) -> None:
+        """After the last step: end what went on beside it. Collective."""
+        if self.crew is not None:
+            self.crew.close()
 
     def _evaluate_members(self) -> Evaluation:
         group = self.job.groups.within.world

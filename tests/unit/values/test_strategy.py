@@ -345,7 +345,6 @@ def test_what_this_version_runs(text: str) -> None:
     [
         ("cp2", "cp2"),
         ("dp2.ep2", "ep2"),
-        ("dp2/async:2", "async:2"),
         ("dp2/gossip:ring/compress:bf16", "compress:bf16 with gossip:ring"),
         ("dp2/async:2/compress:topk=1", "compress:topk=1 with async"),
         ("dp2/zero2/compress:bf16", "compress:bf16 with zero2"),

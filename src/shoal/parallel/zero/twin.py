@@ -12,9 +12,9 @@ running mean is one tensor in both.
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
-Piece = Callable[[nn.Parameter], nn.Parameter]
+Piece = Callable[[nn.Parameter], nn.Parameter | None]
 
 
 class Twin:
@@ -40,8 +40,11 @@ class Twin:
         return self._twins[module]
 
     def fill(self, piece: Piece) -> None:
-        """Put ``piece(parameter)`` in the place of each parameter; a tied one is asked for once."""
-        made: dict[int, nn.Parameter] = {}
+        """Put ``piece(parameter)`` in the place of each parameter; a tied one is asked for once.
+
+        None leaves its place empty.
+        """
+        made: dict[int, nn.Parameter | None] = {}
         for module, twin in self._twins.items():
             for name, parameter in module._parameters.items():
                 if parameter is None:
@@ -49,6 +52,17 @@ class Twin:
                 if id(parameter) not in made:
                     made[id(parameter)] = piece(parameter)
                 twin._parameters[name] = made[id(parameter)]
+
+    def fill_buffers(self, piece: Callable[[Tensor], Tensor | None]) -> None:
+        """Buffers of its own for the second tree, which has the user's otherwise."""
+        made: dict[int, Tensor | None] = {}
+        for module, twin in self._twins.items():
+            own: dict[str, Tensor | None] = {}
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in made:
+                    made[id(buffer)] = piece(buffer)
+                own[name] = None if buffer is None else made[id(buffer)]
+            twin.__dict__["_buffers"] = own
 
 
 def rows(size: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -1,0 +1,200 @@
+"""Rank 0's part: hands out claims, says which version is there, keeps the ledger.
+
+    READY, FINISHED ─▶ [ claims ] ─ GRANT ─▶ …            APPLIED of all owners ─▶ RECORD to all
+
+A *boundary* is a step that no contribution is given out beyond before all ranks' loops have come
+there: where the model is evaluated or saved, and, soon after a rank asks for it, where a run ends.
+Between two boundaries ranks do not wait for one another but for the bound. At one everything is at
+rest: all contributions of earlier steps were applied, and none of a later one is begun.
+
+No threads, no clock of its own: `Member` calls it under a lock, and says what time it is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.sync.asynchronous.letters import Finished, Kind, Record
+from shoal.sync.claims import Claim, Claims
+
+PATIENCE_S = 10.0  # a claim that is held for longer, and for long beside others, is taken back
+PATIENCE_TIMES = 10.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run, as far as the coordinator has to know it.
+
+    ``boundary_after(step)``: the next one that is planned; ``every_s``: seconds after which there
+    is one at the latest, where something is due by the clock. ``past``: the ledger that the run
+    follows, by (step, index), for a replay.
+    """
+
+    first: int
+    total: int
+    bound: int
+    each: int
+    ranks: int
+    workers: Sequence[int]
+    owners: Sequence[int]
+    boundary_after: Callable[[int], int]
+    every_s: float | None = None
+    past: Mapping[tuple[int, int], Mapping[str, Any]] | None = None
+
+
+@dataclass
+class Told:
+    """What is known of the contributions of a step that is not there yet."""
+
+    finished: dict[int, tuple[Claim, Finished]] = field(default_factory=dict)
+
+
+class Coordinator:
+    """``send(rank, kind, numbers)`` posts a letter; ``write(line)`` adds one to the ledger."""
+
+    def __init__(
+        self,
+        course: Course,
+        send: Callable[[int, Kind, Sequence[float]], None],
+        write: Callable[[dict[str, Any]], None],
+        tell: Callable[[str, str, int, int], None],
+    ) -> None:
+        self._course, self._send, self._write, self._tell = course, send, write, tell
+        self._past = course.past or {}
+        bases = {key: int(line["computed_on"]) for key, line in self._past.items()}
+        self.claims = Claims(
+            course.each,
+            course.bound,
+            course.first,
+            limit=min(course.total, course.boundary_after(course.first)),
+            computed_on=bases if course.past is not None else None,
+        )
+        self._at = dict.fromkeys(range(course.ranks), -1)
+        self._applied = dict.fromkeys(course.owners, course.first)
+        self._free: list[int] = []
+        self._since: dict[tuple[int, int], float] = {}
+        self._longest = 0.0
+        self._steps: dict[int, Told] = {}
+        self._stop = self._failed = self._bad = 0.0
+        self._seconds_told: float | None = None  # rank 0's clock at the last boundary
+        self.seconds = 0.0  # rank 0's clock, set by whoever calls
+        self.refused = 0
+        self.taken_back = 0
+
+    def ready(self, rank: int, numbers: Sequence[float]) -> None:
+        """A rank's loop has come to a step, and may do something."""
+        step, stop, failed = numbers[:3]
+        if self._seconds_told is None:
+            self._seconds_told = self.seconds
+        self._at[rank] = max(self._at[rank], int(step))
+        self._stop, self._failed = max(self._stop, stop), max(self._failed, failed)
+        self._ask(rank)
+        limit = self.claims.limit
+        if limit is not None and all(at >= limit for at in self._at.values()):
+            self.claims.limit = min(self._course.total, self._course.boundary_after(limit))
+        self.dispatch()
+
+    def _ask(self, rank: int) -> None:
+        holds = any(claim.worker == rank for claim in self.claims.held.values())
+        if rank in self._course.workers and rank not in self._free and not holds:
+            self._free.append(rank)
+
+    def finished(self, rank: int, told: Finished) -> None:
+        """A worker has computed a contribution: it counts, unless its claim was taken back."""
+        claim = self.claims.held.get((told.step, told.index))
+        answer = told.step, told.index, told.attempt
+        mine = claim is not None and (claim.worker, claim.attempt) == (rank, told.attempt)
+        if claim is None or not mine or not self.claims.finish(claim):
+            self._tell("discarded", "its claim was taken back meanwhile", rank, told.step)
+            self._send(rank, Kind.DISCARD, answer)
+        else:
+            self._longest = max(self._longest, self.seconds - self._since.pop(claim.key))
+            self._steps.setdefault(told.step, Told()).finished[told.index] = claim, told
+            self._bad += told.bad_examples
+            if told.refused:
+                self.refused += 1
+                message = "a contribution that is not finite was refused; the others count"
+                self._tell("refused", message, rank, told.step)
+            self._send(rank, Kind.ACCEPT, answer)
+        self._ask(rank)
+        self.dispatch()
+
+    def applied(self, owner: int, version: int) -> None:
+        """An owner has a new version; once all have it, it is there for everybody."""
+        self._applied[owner] = version
+        there = min(self._applied.values())
+        while self.claims.version < there:
+            step = self.claims.version
+            self.claims.advance(step + 1)
+            self._bring_limit()
+            self._publish(step)
+        self.dispatch()
+
+    def _bring_limit(self) -> None:
+        """The next boundary is as near as can be, where a rank waits for one."""
+        every, claims = self._course.every_s, self.claims
+        due = every is not None and self.seconds - (self._seconds_told or 0.0) >= every
+        if self._stop or self._failed or due:
+            # Of what is claimed already, and of the step that all know of, it is too late.
+            nearest = max(claims.begun, claims.version)
+            claims.limit = min(claims.limit or nearest, nearest)
+
+    def _publish(self, step: int) -> None:
+        told = self._steps.pop(step).finished
+        for index in range(self._course.each):
+            claim, finished = told[index]
+            line = {"step": step, "index": index, "worker": claim.worker}
+            line |= {"computed_on": claim.version, "applied_at": step}
+            line |= {"staleness": claim.staleness}
+            self._write({**line, "refused": True} if finished.refused else line)
+        kept = [each for _, each in told.values() if not each.refused]
+        refused = [claim.worker for claim, each in told.values() if each.refused]
+        boundary = step + 1 == self.claims.limit
+        by_clock = self._course.every_s is not None
+        if boundary or not by_clock:
+            self._seconds_told = self.seconds
+        record = Record(
+            step,
+            sum(each.loss for each in kept),
+            sum(each.count for each in kept),
+            self._stop if boundary else 0.0,
+            # What is due by the clock has to be due at a boundary.
+            self._seconds_told or 0.0,
+            self._bad if boundary else 0.0,
+            self._failed if boundary else 0.0,
+            boundary,
+            min(refused) if refused and not any(each.count for each in kept) else -1,
+        )
+        if boundary:
+            self._stop = self._failed = self._bad = 0.0
+        for rank in range(self._course.ranks):
+            self._send(rank, Kind.RECORD, record.numbers)
+
+    def dispatch(self) -> None:
+        """Hand out what may be started."""
+        while self._free:
+            claim = self.claims.claim(self._free[0])
+            if claim is None:
+                return
+            self._free.pop(0)
+            self._since[claim.key] = self.seconds
+            refused = bool(self._past.get(claim.key, {}).get("refused"))
+            numbers = claim.step, claim.index, claim.attempt, claim.version, refused
+            self._send(claim.worker, Kind.GRANT, numbers)
+
+    def look_round(self) -> None:
+        """Now and then: take back what is held for far longer than others have needed."""
+        patience = max(PATIENCE_S, PATIENCE_TIMES * self._longest)
+        if not self._free or not self._longest:
+            return
+        overdue = [
+            claim
+            for claim in self.claims.held.values()
+            if self.seconds - self._since[claim.key] > patience
+        ]
+        for claim in sorted(overdue, key=lambda each: each.key)[: len(self._free)]:
+            self.claims.take_back(claim)
+            self.taken_back += 1
+            message = f"nothing was heard of a claim for {patience:.0f} s: another takes it"
+            self._tell("taken back", message, claim.worker, claim.step)
+        self.dispatch()

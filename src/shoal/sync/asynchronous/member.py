@@ -1,0 +1,284 @@
+"""One rank of asynchronous SGD: a worker, an owner of a part of the weights, or both.
+
+main thread     next ─▶ load(version) ─▶ (forward, backward) ─▶ finish ─▶ next …
+mail's threads  letters in and out, while the main thread computes
+owner's thread  pieces ─▶ sum in order ─▶ update ─▶ version k + 1
+
+member.ready(step)
+found = member.next(step)          # a `Grant` to work on, or the `Record` of the step
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shoal.comm import Group, Letter, Mail
+from shoal.sync.asynchronous.coordinator import Coordinator, Course
+from shoal.sync.asynchronous.letters import Finished, Kind, Record
+from shoal.sync.asynchronous.parts import Part
+from shoal.sync.asynchronous.shard import Piece, Shard
+
+LOOK_ROUND_S = 1.0
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A contribution that this rank is to compute; ``is_refused``: only to say that it was not."""
+
+    step: int
+    index: int
+    attempt: int
+    version: int
+    is_refused: bool = False
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where rank 0 writes a line per contribution, and tells what is out of the ordinary."""
+
+    write: Callable[[dict[str, Any]], None] = lambda _line: None
+    tell: Callable[[str, str, int, int], None] = lambda _event, _message, _rank, _step: None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank is: the owners' parts of its model, by rank, and its own shard if it owns one."""
+
+    parts: Mapping[int, Part]
+    shard: Shard | None
+    clips: bool = False
+
+
+_Queued = Piece | None
+
+
+class Member:
+    """This rank, over connections of its own. Collective to make and to close."""
+
+    def __init__(
+        self, group: Group, course: Course, place: Place, ledger: Ledger | None = None
+    ) -> None:
+        self._changed = threading.Condition()
+        self._place, self._shard, self.rank = place, place.shard, group.rank
+        self._owners = tuple(place.parts)
+        self._records: dict[int, Record] = {}
+        self._grant: Grant | None = None
+        # By owner: versions that have come (None: too old to be had), and what was asked for.
+        self._weights: dict[int, dict[int, Tensor | None]] = {each: {} for each in self._owners}
+        self._asked: dict[int, set[int]] = {each: set() for each in self._owners}
+        self._needed = -1  # the version that the main thread works with next
+        self._loaded: dict[int, Tensor] = {}  # what the model has been given last
+        self._works = group.rank in course.workers
+        self._outbox: dict[tuple[int, ...], list[tuple[int, Tensor | None]]] = {}
+        self._finished: dict[tuple[int, ...], tuple[int, float]] = {}
+        self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
+        self._norms: dict[int, dict[int, float]] = {}
+        self._failure: BaseException | None = None
+        self._closing = threading.Event()
+        self._clock_since = time.monotonic()
+        self.waited_s = 0.0
+        self.coordinator: Coordinator | None = None
+        if group.rank == 0:
+            ledger = ledger or Ledger()
+            self.coordinator = Coordinator(course, self._post, ledger.write, ledger.tell)
+        self._threads: list[threading.Thread] = []
+        dtype = next(iter(place.parts.values())).dtype
+        self.mail = Mail(group, dtype, self._handle, self._wake)
+        self.mail.start()
+        if self._shard is not None:
+            self._start(self._own)
+        if self.coordinator is not None:
+            self._start(self._look_round)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._failure = error
+            self._wake()
+
+    # What the main thread does.
+
+    def set_clock(self, seconds: float) -> None:
+        """Rank 0 says what its run's clock shows now."""
+        self._clock_since = time.monotonic() - seconds
+
+    def ready(self, step: int, *, stop: float = 0.0, save_failed: float = 0.0) -> None:
+        """This rank's loop is at `step`: it may be given something to do."""
+        self._post(0, Kind.READY, (step, stop, save_failed))
+
+    def next(self, step: int) -> Grant | Record:
+        """What comes first: the record of `step`, or a contribution to compute."""
+        self._wait(lambda: step in self._records or self._grant is not None)
+        with self._changed:
+            if step in self._records:
+                return self._records.pop(step)
+            grant, self._grant = self._grant, None
+        assert grant is not None
+        return grant
+
+    def load(self, version: int) -> bool:
+        """Give the model the weights of a version; False where it is too old to be had."""
+        with self._changed:
+            self._needed = version
+            self._pull(version)
+        self._wait(lambda: all(version in self._weights[owner] for owner in self._owners))
+        for owner, part in self._place.parts.items():
+            flat = self._weights[owner][version]
+            if flat is None:
+                return False
+            self._loaded[owner] = flat
+            part.load(flat)
+        return True
+
+    def finish(self, grant: Grant, told: Finished, *, has_gradient: bool) -> None:
+        """Say that a contribution is done; and ask for the next.
+
+        ``has_gradient``: whether the model has gradients of it, on the version loaded last.
+        """
+        letters: list[tuple[int, Tensor | None]] = []
+        for owner, part in self._place.parts.items():
+            gradient = part.gradient(self._loaded[owner]) if has_gradient else None
+            letters.append((owner, gradient))
+        key = grant.step, grant.index, grant.attempt
+        with self._changed:
+            self._outbox[key] = letters
+            self._finished[key] = grant.version, told.count
+        self._post(0, Kind.FINISHED, told.numbers)
+
+    def close(self) -> None:
+        """Leave, once nothing is left to do. Collective."""
+        self._closing.set()
+        self._pieces.put(None)
+        for thread in self._threads:
+            thread.join()
+        self.mail.close()
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        began = time.perf_counter()
+        with self._changed:
+            while not until():
+                failure = self._failure or self.mail.failure
+                if failure is not None:
+                    raise failure
+                self._changed.wait()
+        self.waited_s += time.perf_counter() - began
+
+    # What other threads do.
+
+    def _post(self, rank: int, kind: Kind, numbers: Any) -> None:
+        self.mail.send(rank, kind, numbers)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _handle(self, letter: Letter) -> None:
+        with self._changed:
+            getattr(self, f"_on_{Kind(letter.kind).name.lower()}")(letter)
+            self._changed.notify_all()
+
+    def _coordinating(self) -> Coordinator:
+        assert self.coordinator is not None  # only rank 0 is written to as one
+        self.coordinator.seconds = time.monotonic() - self._clock_since
+        return self.coordinator
+
+    def _on_ready(self, letter: Letter) -> None:
+        self._coordinating().ready(letter.source, letter.numbers)
+
+    def _on_finished(self, letter: Letter) -> None:
+        self._coordinating().finished(letter.source, Finished.of(letter.numbers))
+
+    def _on_applied(self, letter: Letter) -> None:
+        self._coordinating().applied(letter.source, letter.whole(1)[0])
+
+    def _look_round(self) -> None:
+        while not self._closing.wait(LOOK_ROUND_S):
+            with self._changed:
+                self._coordinating().look_round()
+
+    def _on_record(self, letter: Letter) -> None:
+        record = Record.of(letter.numbers)
+        self._records[record.step] = record
+        # Beside what is being computed: a worker that has to wait for it then has it.
+        if self._works and not any(self._asked.values()):
+            self._pull(record.step + 1)
+
+    def _on_grant(self, letter: Letter) -> None:
+        step, index, attempt, version, refused = letter.whole(5)
+        self._grant = Grant(step, index, attempt, version, bool(refused))
+        self._needed = version
+        self._pull(version)  # it is under way before the main thread wakes
+
+    def _pull(self, version: int) -> None:
+        for owner in self._owners:
+            if version not in self._weights[owner] and version not in self._asked[owner]:
+                self._asked[owner].add(version)
+                self._post(owner, Kind.PULL, (version,))
+
+    def _on_pull(self, letter: Letter) -> None:
+        assert self._shard is not None  # only owners are asked
+        (version,) = letter.whole(1)
+        flat = self._shard.versions.get(version)
+        numbers = version, flat is not None
+        self.mail.send(letter.source, Kind.WEIGHTS, numbers, flat, "parameter")
+
+    def _on_weights(self, letter: Letter) -> None:
+        version, is_there = letter.whole(2)
+        self._asked[letter.source].discard(version)
+        there = self._weights[letter.source]
+        there[version] = letter.payload if is_there else None
+        for other in [each for each in there if each not in (version, self._needed)]:
+            del there[other]
+
+    def _on_accept(self, letter: Letter) -> None:
+        key = step, index, _ = letter.whole(3)
+        version, count = self._finished.pop(key)
+        for owner, gradient in self._outbox.pop(key):
+            numbers = step, index, version, count, gradient is not None
+            self.mail.send(owner, Kind.PIECE, numbers, gradient, "gradient")
+
+    def _on_discard(self, letter: Letter) -> None:
+        key = letter.whole(3)
+        del self._finished[key], self._outbox[key]
+
+    def _on_piece(self, letter: Letter) -> None:
+        step, index, version = letter.whole(3)
+        self._pieces.put(Piece(step, index, version, letter.numbers[3], letter.payload))
+
+    def _on_norm(self, letter: Letter) -> None:
+        (step,) = letter.whole(1)
+        self._norms.setdefault(step, {})[letter.source] = letter.numbers[1]
+
+    def _own(self) -> None:
+        """Apply contributions as they come, until the run is over."""
+        shard = self._shard
+        assert shard is not None
+        while (piece := self._pieces.get()) is not None:
+            shard.add(piece)
+            while shard.is_ready:
+                square = shard.sum_up()
+                shard.update(self._norm(shard.version, square) if self._place.clips else 0.0)
+                self._post(0, Kind.APPLIED, (shard.version,))
+
+    def _norm(self, step: int, square: float) -> float:
+        """The norm of the whole gradient, from all owners' parts, added up in one order."""
+        for owner in self._owners:
+            self._post(owner, Kind.NORM, (step, square))
+        with self._changed:
+            while len(self._norms.get(step, ())) < len(self._owners):
+                if self.mail.failure is not None or self._closing.is_set():
+                    raise self.mail.failure or RuntimeError("closed within a step")
+                self._changed.wait()
+            squares = self._norms.pop(step)
+        return float(sum(squares[owner] for owner in sorted(squares)) ** 0.5)

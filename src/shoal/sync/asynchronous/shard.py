@@ -1,0 +1,146 @@
+"""An owner's part of the weights: contributions come in any order, updates are made in one.
+
+    step k, pieces 0 … n-1      gradient = Σ_i  c_i ÷ C · g_i        in the order of i
+    delay compensation          g_i + λ · g_i · g_i · (w_k - w_v)    (Zheng et al. 2017, eq. 10)
+    version k + 1               one update of the recipe's optimizer, at the rate of step k
+
+g_i is the mean gradient of contribution i over the c_i that its objective counts, computed on
+version v ≥ k - S; C is the sum of all counts. A contribution that was refused has no piece: the sum
+is over the others. The last S + 1 versions are kept, as workers may still ask for them.
+
+    shard.add(Piece(step, index, version, count, gradient))
+    while shard.is_ready:
+        shard.sum_up(); shard.update(norm)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shoal.sync.asynchronous.parts import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A contribution to this part; ``gradient`` None where there is nothing to add."""
+
+    step: int
+    index: int
+    version: int
+    count: float
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How contributions become updates: ``each`` a step, staleness up to ``bound``, λ, clipping."""
+
+    each: int
+    bound: int
+    compensate: float = 0.0
+    clip_norm: float | None = None
+
+
+class Shard:
+    """One owner's tensors, their optimizer, and the last versions. ``set_rate(step)`` sets lr."""
+
+    def __init__(
+        self,
+        part: Part,
+        optimizer: Optimizer,
+        set_rate: Callable[[int], object],
+        rules: Rules,
+        version: int,
+    ) -> None:
+        self._part, self._optimizer, self._set_rate, self._rules = part, optimizer, set_rate, rules
+        self._pieces: dict[int, dict[int, Piece]] = {}
+        self._buffers = part.weights()[part.weights_size :]
+        self._anything = False
+        self.version = version
+        self.versions = {version: part.weights()}
+
+    def add(self, piece: Piece) -> None:
+        """Take in a contribution; each is there once."""
+        of_step = self._pieces.setdefault(piece.step, {})
+        if piece.index in of_step:
+            raise RuntimeError(f"contribution {piece.step}/{piece.index} has come twice")
+        of_step[piece.index] = piece
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all contributions of the next step are there."""
+        return len(self._pieces.get(self.version, ())) == self._rules.each
+
+    @torch.no_grad()
+    def sum_up(self) -> float:
+        """Give the parameters the step's gradient; returns the square of its norm."""
+        of_step = self._pieces.pop(self.version)
+        pieces = [of_step[index] for index in range(self._rules.each)]
+        there = [piece for piece in pieces if piece.gradient is not None]
+        self._anything = bool(there)
+        total = sum(piece.count for piece in there)
+        part = self._part
+        flat = torch.zeros(part.size + len(part.parameters), dtype=part.dtype)
+        for piece in there:
+            weight = piece.count / total if total else 0.0
+            flat[: part.weights_size].add_(self._compensated(piece), alpha=weight)
+        self._change_buffers(there)
+        used = [bool(number) for number in self._used(there).tolist()]
+        places = part.of_parameters(flat)
+        for parameter, place, is_used in zip(part.parameters, places, used, strict=True):
+            parameter.grad = place if is_used else None
+        present = [place for place, is_used in zip(places, used, strict=True) if is_used]
+        return sum(float(norm) ** 2 for norm in torch._foreach_norm(present)) if present else 0.0
+
+    def _used(self, pieces: list[Piece]) -> Tensor:
+        used = torch.zeros(len(self._part.parameters), dtype=self._part.dtype)
+        for piece in pieces:
+            assert piece.gradient is not None
+            used += piece.gradient[self._part.size :]
+        return used
+
+    def _compensated(self, piece: Piece) -> Tensor:
+        assert piece.gradient is not None
+        size, strength = self._part.weights_size, self._rules.compensate
+        gradient = piece.gradient[:size]
+        if not strength or piece.version == self.version:
+            return gradient
+        moved = self.versions[self.version][:size] - self.versions[piece.version][:size]
+        return gradient + strength * gradient * gradient * moved
+
+    def _change_buffers(self, pieces: list[Piece]) -> None:
+        """Add the mean of what the contributions have changed."""
+        if not pieces:
+            return
+        first, last = self._part.weights_size, self._part.size
+        for piece in pieces:
+            assert piece.gradient is not None
+            self._buffers.add_(piece.gradient[first:last], alpha=1 / len(pieces))
+        start = 0
+        for buffer in self._part.buffers:
+            values = self._buffers[start : start + buffer.numel()].view(buffer.shape)
+            # A mean of n equal whole numbers may be off by a rounding.
+            buffer.copy_(values if buffer.is_floating_point() else values.round())
+            start += buffer.numel()
+
+    @torch.no_grad()
+    def update(self, norm: float) -> int:
+        """Clip by the whole model's ``norm``, update, keep the new version; returns its number.
+
+        A step that has no contribution left changes nothing.
+        """
+        parameters = self._part.parameters
+        if self._anything:
+            self._set_rate(self.version)
+            if self._rules.clip_norm is not None:
+                of_all = torch.tensor(norm, dtype=self._part.dtype)
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._rules.clip_norm, of_all)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+        self.versions[self.version] = self._part.weights()
+        self.versions.pop(self.version - self._rules.bound - 1, None)
+        return self.version
