@@ -343,6 +343,7 @@ def _train(groups: Any, case: Case, folder: str, start: int, stop: int) -> bool:
     from shoal.train.commit import Committer
     from shoal.train.step import Flags, train_step
     from shoal.train.stop import Convergence
+    from shoal.train.team import Team
 
     checkpoints = Path(folder)
     state = Checkpoint.open(checkpoints / f"step-{start:09d}") if start else None
@@ -351,9 +352,8 @@ def _train(groups: Any, case: Case, folder: str, start: int, stop: int) -> bool:
     for step in range(start, stop):
         train_step(job, step, Flags())
     recipe = SimpleNamespace(fingerprint="case", checkpoint=SimpleNamespace(keep=9))
-    committer = Committer(
-        job, recipe, SimpleNamespace(checkpoints_path=checkpoints), "any", lambda _message: None
-    )
+    run = SimpleNamespace(checkpoints_path=checkpoints)
+    committer = Committer(Team((job,)), recipe, run, "any", lambda _message: None)
     committer.commit(stop, Convergence("loss"), {})
     committer.wait()
     return same

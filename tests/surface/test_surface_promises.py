@@ -23,7 +23,7 @@ OPTIONS = {
         "--how", "--strategy", "-s", "--data", "--out", "--compare", "--skip-damaged", "--json",
         "--debug", "--help", "-h",
     },
-    "export": {"--out", "--json", "--debug", "--help", "-h"},
+    "export": {"--how", "--out", "--json", "--debug", "--help", "-h"},
     "verify": {
         "--strategy", "-s", "--steps", "--dtype", "--set", "--out", "--json", "--debug", "--help",
         "-h",

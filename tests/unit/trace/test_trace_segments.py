@@ -18,6 +18,8 @@ LEFT_OUT = {
     "translator",
     "changes-input",
     "noise",
+    "gumbel",
+    "several-draws",
     "branches-on-weights",
 }
 TRACED = [
