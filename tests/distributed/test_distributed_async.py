@@ -116,30 +116,37 @@ def test_the_bound_holds_under_random_delays_and_a_replay_gives_the_same_bits(
 
 
 class Held(nn.Module):
-    """Its first forward pass waits for a file, which another's `at`-th writes."""
+    """Its first forward pass waits for a file, which another's `at`-th writes.
 
-    def __init__(self, file: Path, at: int | None) -> None:
+    ``begun``: a file that the one that waits writes first, and that the other waits for.
+    """
+
+    def __init__(self, file: Path, at: int | None, begun: Path | None = None) -> None:
         super().__init__()
         self.inner = mlp(256, 5, [16])
-        self._file, self._at, self._calls = file, at, 0
+        self._file, self._at, self._begun, self._calls = file, at, begun, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self._calls += 1
-        while self._at is None and not self._file.exists():
-            time.sleep(0.002)
+        if self._begun is not None and self._at is None:
+            self._begun.touch()
+        self._wait_for(self._file if self._at is None else self._begun)
         if self._calls == self._at:
             self._file.touch()
         outputs: Tensor = self.inner(x)
         return outputs
 
+    def _wait_for(self, file: Path | None) -> None:
+        while file is not None and not file.exists():
+            time.sleep(0.002)
+
 
 @pytest.mark.parametrize("bound", [1, 3])
 def test_others_go_on_to_the_bound_while_one_is_held(pool: Any, tmp_path: Path, bound: int) -> None:
     free = 2 * (bound + 1) - 1  # all contributions of the steps 0 … S, but the one that is held
-    builds = {
-        0: lambda: Held(tmp_path / "go on", free),
-        1: lambda: Held(tmp_path / "go on", None),
-    }
+    go_on, begun = tmp_path / "go on", tmp_path / "begun"
+    # Rank 0 may not be done with everything before rank 1 has asked for anything.
+    builds = {0: lambda: Held(go_on, free, begun), 1: lambda: Held(go_on, None, begun)}
     case = small(6, build=lambda: Held(tmp_path / "never", 0))
     ran = train(pool, 2, case, How(bound, builds=builds), tmp_path)
     first = [line for line in ran.ledger if line["step"] <= bound]
