@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rules:
-    """How contributions become updates: ``each`` a step, staleness up to ``bound``, λ, p, clipping."""
+    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping."""
 
     each: int
     bound: int
