@@ -115,6 +115,10 @@ class Async(Agreement):
     servers: int = _key(Whole(0, "servers, the ranks that hold parameters", "servers={}"), 0)
     compensate: float = _key(Real(0, inf, "compensate, its λ", "compensate={}"), 0.0)
 
+    def expendable(self, world_size: int) -> tuple[int, ...]:
+        """The ranks that hold nothing that the others have not: workers, where servers own all."""
+        return tuple(range(self.servers, world_size)) if self.servers else ()
+
 
 @dataclass(frozen=True)
 class Local(Agreement):

@@ -68,8 +68,11 @@ class Committer:
 
         ``state`` is the loop's. The save before this one is waited for. Replicas whose weights
         differ are found by the save: it compares every piece's checksum. Once the checkpoint is
-        there, what need not be kept is removed. Raises `NotFinite`, and what :meth:`wait` raises.
+        there, what need not be kept is removed. A rank that owns nothing has no part in it. Raises
+        `NotFinite`, and what :meth:`wait` raises.
         """
+        if not self._team.saves:
+            return
         self.wait()
         for held, never in zip(self._team.holdings, self._never_finite, strict=True):
             require_finite(held, step, never)

@@ -43,11 +43,16 @@ from shoal.train.times import Split, StepTimes
 
 @dataclass(frozen=True)
 class Plan:
-    """When the loop's meetings are, and the ledger to follow, if a run is replayed."""
+    """When the loop's meetings are, and the ledger to follow, if a run is replayed.
+
+    ``spares``: whether somebody is there to start a new generation of ranks, so that the others go
+    on where a worker dies that owns nothing.
+    """
 
     boundary_after: Callable[[int], int]
     every_s: float | None = None
     past: Mapping[tuple[int, int], Mapping[str, Any]] | None = None
+    spares: bool = False
 
 
 class Crew:
@@ -69,7 +74,9 @@ class Crew:
             boundary_after=plan.boundary_after,
             every_s=plan.every_s,
             past=plan.past,
+            expendable=way.expendable(groups.world.size) if plan.spares else (),
         )
+        self.saves = groups.world.rank in course.owners  # whether it has anything to save
         unit = work.normalize_over or 1
         self._feeds = [
             ReplicaFeed(work.feed, index, len(workers), unit) for index in range(len(workers))
@@ -138,7 +145,7 @@ class Crew:
         loss = record.loss / record.count if record.count else 0.0
         flags = Flags(record.stop, record.seconds, record.bad_examples, record.save_failed)
         rate = self._job.learning_rate(record.step)
-        return StepResult(loss, record.count, rate, flags, bad)
+        return StepResult(loss, record.count, rate, flags, bad, lost=record.lost > 0)
 
     def _work(self, grant: Grant, split: Split) -> None:
         """Compute a contribution, and send it on its way."""
@@ -179,6 +186,10 @@ class Crew:
     def settle(self) -> None:
         """At a boundary: let the model have the version that is there. Collective."""
         self.member.load(self._version)
+
+    def survives(self) -> bool:
+        """Whether the others go on where a connection has broken: it was to a spare worker."""
+        return self.member.survives()
 
     def close(self) -> None:
         """Leave, at the last boundary. Collective."""

@@ -112,6 +112,15 @@ class Team:
         replica.updated()
         return found
 
+    @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in checkpoints."""
+        return self.crew is None or self.crew.saves
+
+    def survives(self) -> bool:
+        """Whether those that are left can save what there is, after a connection has broken."""
+        return self.crew is not None and self.crew.survives()
+
     def close(self) -> None:
         """After the last step: end what went on beside it. Collective."""
         if self.crew is not None:

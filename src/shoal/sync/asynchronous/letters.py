@@ -3,6 +3,7 @@
 worker ─ READY, FINISHED ─▶ coordinator ─ GRANT, ACCEPT, DISCARD ─▶ worker
 worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ─ APPLIED ─▶ coordinator
 coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
+coordinator ─ RECALL ─▶ owner ─ RECALLED ─▶ coordinator       once a worker has died
 """
 
 from dataclasses import astuple, dataclass
@@ -24,6 +25,8 @@ class Kind(IntEnum):
     APPLIED = 9  # version
     RECORD = 10  # `Record`
     NORM = 11  # step, the square of the norm of the owner's part
+    RECALL = 12  # step, index, worker: drop its piece, if it has come
+    RECALLED = 13  # step, index, was_applied: it was too late
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Record:
 
     ``is_boundary``: nothing later is begun before all ranks have come here; what they decide
     together (``stop``, ``bad_examples``, ``save_failed``) is told only then. ``culprit``: the first
-    rank whose contribution was refused, where none was left to apply; else -1.
+    rank whose contribution was refused, where none was left to apply; else -1. ``lost``: how many
+    workers have died, at a boundary.
     """
 
     step: int
@@ -66,6 +70,7 @@ class Record:
     save_failed: float = 0.0
     is_boundary: bool = False
     culprit: int = -1
+    lost: int = 0
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -73,5 +78,7 @@ class Record:
 
     @classmethod
     def of(cls, numbers: tuple[float, ...]) -> Self:
-        step, loss, count, stop, seconds, bad, failed, boundary, culprit = numbers[:9]
-        return cls(int(step), loss, count, stop, seconds, bad, failed, bool(boundary), int(culprit))
+        step, loss, count, stop, seconds, bad, failed = numbers[:7]
+        boundary, culprit, lost = (int(number) for number in numbers[7:10])
+        told = int(step), loss, count, stop, seconds, bad, failed
+        return cls(*told, bool(boundary), culprit, lost)

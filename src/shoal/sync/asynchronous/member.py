@@ -24,6 +24,7 @@ from shoal.sync.asynchronous.parts import Part
 from shoal.sync.asynchronous.shard import Piece, Shard
 
 LOOK_ROUND_S = 1.0
+KNOWN_WITHIN_S = 5.0  # after a connection has broken, until it is known whose
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,15 @@ class Place:
     clips: bool = False
 
 
-_Queued = Piece | None
+@dataclass(frozen=True)
+class Recall:
+    """A contribution that an owner is to drop, as its worker has died."""
+
+    step: int
+    index: int
+
+
+_Queued = Piece | Recall | None
 
 
 class Member:
@@ -78,6 +87,8 @@ class Member:
         self._finished: dict[tuple[int, ...], tuple[int, float]] = {}
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
         self._norms: dict[int, dict[int, float]] = {}
+        self.lost: set[int] = set()  # workers that have died
+        self._recalls: dict[int, list[Recall]] = {}  # by worker: it may still be heard
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._clock_since = time.monotonic()
@@ -88,7 +99,9 @@ class Member:
             self.coordinator = Coordinator(course, self._post, ledger.write, ledger.tell)
         self._threads: list[threading.Thread] = []
         dtype = next(iter(place.parts.values())).dtype
-        self.mail = Mail(group, dtype, self._handle, self._wake)
+        self.mail = Mail(
+            group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
+        )
         self.mail.start()
         if self._shard is not None:
             self._start(self._own)
@@ -260,11 +273,50 @@ class Member:
         (step,) = letter.whole(1)
         self._norms.setdefault(step, {})[letter.source] = letter.numbers[1]
 
+    def _lose(self, rank: int) -> None:
+        """A worker that owns nothing has died, and all that it had sent was handled."""
+        with self._changed:
+            self.lost.add(rank)
+            for recall in self._recalls.pop(rank, ()):
+                self._pieces.put(recall)
+            try:
+                if self.coordinator is not None:
+                    self._coordinating().lost(rank)
+            finally:
+                self._changed.notify_all()
+
+    def _on_recall(self, letter: Letter) -> None:
+        step, index, worker = letter.whole(3)
+        recall = Recall(step, index)
+        if worker in self.lost:
+            self._pieces.put(recall)
+        else:  # this rank has not heard all of it yet
+            self._recalls.setdefault(worker, []).append(recall)
+
+    def _on_recalled(self, letter: Letter) -> None:
+        step, index, was_applied = letter.whole(3)
+        self._coordinating().recalled(letter.source, step, index, was_applied=bool(was_applied))
+
+    def survives(self) -> bool:
+        """Whether all that have died are workers that own nothing; after a connection has broken.
+
+        Waits until it is known who that was.
+        """
+        with self._changed:
+            known = self._changed.wait_for(
+                lambda: self.lost or self.mail.failure or self._failure, KNOWN_WITHIN_S
+            )
+        return bool(known) and self.mail.failure is None and self._failure is None
+
     def _own(self) -> None:
         """Apply contributions as they come, until the run is over."""
         shard = self._shard
         assert shard is not None
         while (piece := self._pieces.get()) is not None:
+            if isinstance(piece, Recall):
+                was_applied = shard.recall(piece.step, piece.index)
+                self._post(0, Kind.RECALLED, (piece.step, piece.index, was_applied))
+                continue
             shard.add(piece)
             while shard.is_ready:
                 square = shard.sum_up()

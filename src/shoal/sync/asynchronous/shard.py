@@ -69,6 +69,13 @@ class Shard:
             raise RuntimeError(f"contribution {piece.step}/{piece.index} has come twice")
         of_step[piece.index] = piece
 
+    def recall(self, step: int, index: int) -> bool:
+        """Drop a contribution, if it has come; whether it was applied already."""
+        if step < self.version:
+            return True
+        self._pieces.get(step, {}).pop(index, None)
+        return False
+
     @property
     def is_ready(self) -> bool:
         """Whether all contributions of the next step are there."""
