@@ -164,15 +164,15 @@ class Ranks:
         on_message: Callable[[int, Message], None] = lambda _rank, _message: None,
         on_signal: OnSignal = "end",
         signals: StopSignals | None = None,
-        spared: Collection[int] = (),
+        spared: Callable[[int], bool] | None = None,
     ) -> list[Any]:
         """Run ``function(context, *arguments)`` on the first `ranks` ranks; their results in order.
 
         Results are JSON. ``on_message(rank, message)`` gets what ranks send meanwhile. With
         ``on_signal="pass on"`` the first SIGINT or SIGTERM reaches the ranks as SIGTERM, and they
         end in their own time; with "end" it ends them, by `Stopped`. A second one ends everything
-        at once. ``signals``: who hears them, if that is not this call alone. ``spared``: ranks that
-        may be killed while the others go on; their result is None then.
+        at once. ``signals``: who hears them, if that is not this call alone. ``spared``: asked
+        whether a rank may be killed now and the others go on; its result is None then.
 
         Raises the first failing rank's own error, or `RankLost` if it left without a word.
         """
@@ -182,7 +182,7 @@ class Ranks:
             "world_size": len(members),
             "generation": f"call-{self._calls}",
             "threads": self.threads,
-            "spares": bool(spared),
+            "spares": spared is not None,
         }
         task = _pack((place, function, arguments))
         with contextlib.ExitStack() as stack:
@@ -193,7 +193,7 @@ class Ranks:
                 rank.results.clear()
                 with contextlib.suppress(BrokenPipeError):  # it ended: _listen says why
                     _write(rank.task_fd, len(task).to_bytes(8, "little") + task)
-            self._listen(members, on_message, spared)
+            self._listen(members, on_message, spared or (lambda _rank: False))
         return [rank.results[0] if rank.results else None for rank in members]
 
     def _ask_to_stop(self, _number: int) -> None:
@@ -205,7 +205,7 @@ class Ranks:
         self,
         members: Sequence[_Rank],
         on_message: Callable[[int, Message], None],
-        spared: Collection[int],
+        spared: Callable[[int], bool],
     ) -> None:
         lost: set[int] = set()
         leave_by = math.inf  # once nobody is waited for but spared ones
@@ -213,7 +213,7 @@ class Ranks:
             for rank in members:
                 selector.register(rank.report_fd, selectors.EVENT_READ, rank)
             while waiting := [r for r in members if not r.results and r.number not in lost]:
-                if all(rank.number in spared for rank in waiting):
+                if all(spared(rank.number) for rank in waiting):
                     leave_by = min(leave_by, time.monotonic() + GRACE_S)
                     if time.monotonic() > leave_by:
                         return
@@ -228,7 +228,7 @@ class Ranks:
                             self._take(rank, on_message)
                         if rank.results:
                             continue
-                        if rank.number not in spared or rank.last_words() or not rank.killed:
+                        if not spared(rank.number) or rank.last_words() or not rank.killed:
                             raise self._first_failure(members, lost)
                         lost.add(rank.number)
 

@@ -105,7 +105,8 @@ class _Front:
         self._stop_told = False
         self._ranks_started = False
         way, size = resolved.strategy.agreement, resolved.strategy.world_size
-        self._spared = way.expendable(size) if isinstance(way, Async) else ()
+        self._expendable = way.expendable(size) if isinstance(way, Async) else ()
+        self._ranks_met = False  # they are past their start, where all are needed
         self._rejoins: list[dict[str, Any]] = []  # what is told of it once the ranks are there
 
     def train(self, cluster: Cluster) -> Ended:
@@ -144,7 +145,7 @@ class _Front:
                 resume = True
                 self._rejoin(summary["steps"])
             except RankLost as error:
-                spare = error.rank in self._spared and self._newest() > saved
+                spare = error.rank in self._expendable and self._newest() > saved
                 if self._signals.heard or (restarts == self._options.max_restarts and not spare):
                     raise
                 restarts, resume, saved = restarts + (not spare), True, self._newest()
@@ -179,7 +180,7 @@ class _Front:
             "transport": self._options.transport,
             "replay": replayed(self._options),
         }
-        self._ranks_started = True
+        self._ranks_started, self._ranks_met = True, False
         with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:
             if self._resolved.tries:
                 self._settle(ranks, task, trials)
@@ -189,7 +190,7 @@ class _Front:
                 on_message=lambda _rank, message: self._hear(message),
                 on_signal="pass on",
                 signals=self._signals,
-                spared=self._spared,
+                spared=self._spared if self._expendable else None,
             )
         summary: dict[str, Any] = results[0]
         return summary
@@ -213,6 +214,7 @@ class _Front:
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "start":
             self._start_message = message
+            self._ranks_met = True
             self._tell_of_rejoining()
         if self._signals.heard and not self._stop_told:
             self._stop_told = True
@@ -220,6 +222,9 @@ class _Front:
             text = f"{name}: saving, then stopping (a second signal ends the run at once)"
             self._show({"kind": "event", "event": "signal", "message": text})
         self._show(message)
+
+    def _spared(self, rank: int) -> bool:
+        return self._ranks_met and rank in self._expendable
 
     def _tell_of_rejoining(self) -> None:
         rejoins, self._rejoins = self._rejoins, []
