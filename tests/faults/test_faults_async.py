@@ -67,6 +67,7 @@ def test_an_owner_that_stands_still_for_a_while_goes_on(shoal, seconds):
 
 
 SERVED = ("--strategy", "dp3/async:2:servers=1", *ASYNC[2:])
+FAR = ("--set", "checkpoint.every=3000 steps", "--set", "evaluate.every=3000 steps")
 
 
 def told(shoal, event):
@@ -75,7 +76,7 @@ def told(shoal, event):
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_others_go_on_while_a_worker_stands_still_and_what_it_held_counts_once(shoal, seconds):
-    running = shoal.start_training(*SERVED, "--set", "steps=4000")
+    running = shoal.start_training(*SERVED, *FAR, "--set", "steps=1900")
     running.wait_for_step(5)
     stopped = running.ranks()[2]
     os.kill(stopped, signal.SIGSTOP)
@@ -151,14 +152,7 @@ def test_a_worker_that_is_killed_before_the_end_rejoins_for_the_last_evaluation(
 
 
 def test_a_stop_without_a_worker_that_was_killed_saves_and_the_run_goes_on(shoal):
-    options = (
-        *SERVED,
-        "--set",
-        "checkpoint.every=3000 steps",
-        "--set",
-        "evaluate.every=3000 steps",
-    )
-    running = shoal.start_training(*options, "--set", "steps=4000")
+    running = shoal.start_training(*SERVED, *FAR, "--set", "steps=1900")
     running.wait_for_step(5)
     os.kill(running.ranks()[2], signal.SIGKILL)
     running.wait_until(lambda: told(shoal, "lost"))
@@ -168,8 +162,8 @@ def test_a_stop_without_a_worker_that_was_killed_saves_and_the_run_goes_on(shoal
     stopped_at, total = done.document["steps"], done.document["steps"] + 6
     assert complete(shoal.lines("staleness.jsonl"), stopped_at)
     recipe = shoal.folder / "run" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("4000", str(total)))
-    done = shoal.train(*options, "--set", f"steps={total}", "--resume")
+    recipe.write_text(recipe.read_text().replace("1900", str(total)))
+    done = shoal.train(*SERVED, *FAR, "--set", f"steps={total}", "--resume")
     assert done.status == 0
     assert done.document["resumed_from_step"] == stopped_at
     assert complete(shoal.lines("staleness.jsonl"), total)
