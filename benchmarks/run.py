@@ -36,6 +36,7 @@ QUESTIONS = (
     "model_parallel",
     "bubble",
     "agreements",
+    "same_accuracy",
 )
 
 

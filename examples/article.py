@@ -54,6 +54,8 @@ def train(recipe: shoal.Recipe, strategy: str, folder: Path) -> dict[str, Any]:
     except ShoalError as error:
         return {"strategy": strategy, "error": str(error)}
     summary = run.summary
+    if summary["state"] == "stopped":  # by Ctrl-C or a signal: that was meant for all of this
+        raise SystemExit(130)
     return {
         "strategy": strategy,
         "error": None,

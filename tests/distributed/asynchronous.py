@@ -25,6 +25,7 @@ class How:
     bound: int
     servers: int = 0
     compensate: float = 0.0
+    damp: float = 0.0
     past: Any = None  # a ledger to be followed
     boundary_every: int = NEVER
     builds: dict[int, Callable[[], nn.Module]] = field(default_factory=dict)
@@ -63,7 +64,7 @@ def _crew(groups: Any, job: Any, how: How, lines: list[Any], events: list[Any]) 
     if how.past is not None:
         past = {(line["step"], line["index"]): line for line in how.past}
     plan = Plan(lambda step: (step // every + 1) * every, past=past)
-    way = Async(how.bound, how.servers, how.compensate)
+    way = Async(how.bound, how.servers, how.compensate, how.damp)
     return Crew(job, way, plan, Ledger(lines.append, lambda *told: events.append(told)))
 
 
@@ -73,7 +74,7 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
     from shoal.train.step import Flags
 
     groups = _groups(context)
-    way = Async(how.bound, how.servers, how.compensate)
+    way = Async(how.bound, how.servers, how.compensate, how.damp)
     build = how.builds.get(context.rank, case.build)
     job = assembled(groups, replace(case, build=build, execution={"agreement": way}))
     lines: list[Any] = []
@@ -133,7 +134,7 @@ def simulate(case: Case, ledger: list[dict[str, Any]], how: How, each: int) -> d
     versions = [_values(model)]
     for step, (inputs, targets) in enumerate(case.batches):
         cuts = _cuts(len(targets), each)
-        parts = []
+        parts, ages = [], []
         for index, (start, stop) in enumerate(cuts):
             if start == stop or lines[step, index].get("refused"):
                 continue
@@ -147,6 +148,7 @@ def simulate(case: Case, ledger: list[dict[str, Any]], how: How, each: int) -> d
             # What no contribution uses has no gradient, and is not decayed either.
             left = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
             parts.append((float(count), base, left))
+            ages.append(1 + step - lines[step, index]["computed_on"])
         _set(model, versions[step])
         for place, parameter in enumerate(model.parameters()):
             parameter.grad = None
@@ -161,9 +163,22 @@ def simulate(case: Case, ledger: list[dict[str, Any]], how: How, each: int) -> d
                 parameter.grad += count / sum(part[0] for part in parts) * g
         if case.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), case.clip_norm)
-        optimizer.step()
+        _step(optimizer, [part[0] for part in parts], ages, how.damp)
         versions.append(_values(model))
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, counts: list[float], ages: list[int], damp: float
+) -> None:
+    pairs = zip(counts, ages, strict=True)
+    damped = sum(count * age**-damp for count, age in pairs) / sum(counts)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * damped
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _values(model: nn.Module) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,23 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "servers", "options", "compensate"),
+    ("ranks", "options", "how"),
     [
-        (2, 0, {}, 0.0),
-        (2, 0, {"clip_norm": 0.5, "optimizer": adamw}, 0.0),
-        (2, 0, {}, 2.0),
-        (4, 0, {"clip_norm": 0.5}, 1.0),  # the batch of 3 leaves one worker without examples
-        (3, 1, {}, 0.0),
-        (2, 0, {"build": lambda: Tied()}, 0.0),
+        (2, {}, How(2)),
+        (2, {"clip_norm": 0.5, "optimizer": adamw}, How(2)),
+        (2, {}, How(2, compensate=2.0)),
+        (2, {"optimizer": adamw}, How(2, damp=0.5)),
+        # The batch of 3 leaves one worker without examples.
+        (4, {"clip_norm": 0.5}, How(2, compensate=1.0, damp=1.0)),
+        (3, {}, How(2, servers=1)),
+        (2, {"build": lambda: Tied()}, How(2)),
     ],
 )
 def test_a_schedule_gives_what_a_plain_loop_over_it_gives(
-    pool: Any, tmp_path: Path, ranks: int, servers: int, options: Any, compensate: float
+    pool: Any, tmp_path: Path, ranks: int, options: Any, how: How
 ) -> None:
-    case, each = small(**options), ranks - servers
-    how = How(2, servers, compensate, past=schedule(8, each, 2))
+    case, each = small(**options), ranks - how.servers
+    how = replace(how, past=schedule(8, each, 2))
     ran = train(pool, ranks, case, how, tmp_path)
     assert [(line["step"], line["index"]) for line in ran.ledger] == [
         (step, index) for step in range(8) for index in range(each)

@@ -17,8 +17,6 @@ from typing import Any
 from shoal.errors import UsageError
 from shoal.predict.parts import Rows
 
-PARQUET_HINT = "Install it: pip install 'shoal[parquet]', or write .csv or .jsonl."
-
 
 @dataclass(frozen=True)
 class Naming:
@@ -48,8 +46,6 @@ def check_target(target: Path) -> None:
         )
     if target.is_dir():
         raise UsageError(f"--out {target} is a folder", hint="Give a file in it.")
-    if target.suffix == ".parquet":
-        _pyarrow()
 
 
 def write(target: Path, parts: Iterable[Rows], naming: Naming) -> None:
@@ -80,7 +76,9 @@ def _write_lines(path: Path, parts: Iterable[Rows], naming: Naming) -> None:
 
 
 def _write_parquet(path: Path, parts: Iterable[Rows], naming: Naming) -> None:
-    arrow, parquet = _pyarrow()
+    import pyarrow as arrow  # takes a third of a second
+    from pyarrow import parquet
+
     fields = [("id", arrow.int64())]
     if naming.files is not None:
         fields.append(("file", arrow.string()))
@@ -89,17 +87,6 @@ def _write_parquet(path: Path, parts: Iterable[Rows], naming: Naming) -> None:
     with contextlib.closing(parquet.ParquetWriter(path, schema)) as table:
         for rows in parts:
             table.write_table(arrow.Table.from_pylist(list(naming.records(rows)), schema=schema))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            "to write .parquet needs pyarrow, which is not installed", hint=PARQUET_HINT
-        ) from error
-    return pyarrow, pyarrow.parquet
 
 
 _WRITERS: dict[str, Callable[[Path, Iterable[Rows], Naming], None]] = {

@@ -107,6 +107,8 @@ class Async(Agreement):
 
     ``servers``: ranks that hold parameters and do not train, 0 for parameters sharded over the
     workers. ``compensate``: λ of delay compensation (Zheng et al. 2017, eq. 10), 0 for none.
+    ``damp``: p of the staleness-scaled learning rate, lr · mean of (1 + staleness)^-p (p = 1: the
+    rule of Zhang et al. 2016, arXiv 1511.05950), 0 for none.
     """
 
     name: ClassVar[str] = "async"
@@ -114,6 +116,7 @@ class Async(Agreement):
     staleness: int = _value(Whole(0, "S, the largest staleness in optimizer steps", "async:{}"))
     servers: int = _key(Whole(0, "servers, the ranks that hold parameters", "servers={}"), 0)
     compensate: float = _key(Real(0, inf, "compensate, its λ", "compensate={}"), 0.0)
+    damp: float = _key(Real(0, inf, "damp, the power p", "damp={}"), 0.0)
 
     def expendable(self, world_size: int) -> tuple[int, ...]:
         """The ranks that hold nothing that the others have not: workers, where servers own all."""

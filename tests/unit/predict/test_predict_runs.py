@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
 import shoal
 from predicting import trained
@@ -174,7 +175,7 @@ class Killed(BaseException):
     """What no handler sees to."""
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_second_call_goes_on_where_the_first_was_cut_off(solo, tmp_path, monkeypatch, suffix):
     whole, out = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
     shoal.predict(solo, "digits:test", how="mean", out=whole)
@@ -201,13 +202,20 @@ def test_a_second_call_goes_on_where_the_first_was_cut_off(solo, tmp_path, monke
     assert not folder.exists()
 
 
-def test_files_that_cannot_be(plain, tmp_path, monkeypatch):
+def test_files_that_cannot_be(plain, tmp_path):
     with pytest.raises(UsageError, match=r"\.parquet, \.csv, \.jsonl"):
         shoal.predict(plain, out=tmp_path / "out.xlsx")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UsageError, match="needs pyarrow") as caught:
-        shoal.predict(plain, out=tmp_path / "out.parquet")
-    assert "shoal[parquet]" in caught.value.hint
+
+
+def test_a_parquet_file_has_a_row_an_example(plain, tmp_path):
+    out = tmp_path / "out.parquet"
+    shoal.predict(plain, "digits:test", out=out)
+    table = parquet.read_table(out)
+    assert table.column_names == ["id", "label", "predicted", "probabilities"]
+    assert table["id"].to_pylist() == list(range(table.num_rows))
+    for row in table.to_pylist():
+        assert sum(row["probabilities"]) == pytest.approx(1.0)
+        assert row["predicted"] == str(max(range(10), key=row["probabilities"].__getitem__))
 
 
 def test_the_comparison_has_every_way_and_a_page(solo, tmp_path):

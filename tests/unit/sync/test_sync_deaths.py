@@ -19,16 +19,31 @@ TOTAL, BOUND = 14, 2
 Letter = tuple[Kind, Sequence[float]]
 
 
+Key = tuple[int, int, int]  # step, index, attempt
+
+
 class Owner:
-    """What an owner has of each contribution: whose it is."""
+    """What an owner has of each contribution: whose it is, once it counts."""
 
     def __init__(self) -> None:
         self.version = 0
+        self.arrived: dict[Key, int] = {}
+        self.verdicts: dict[Key, bool] = {}
         self.pieces: dict[tuple[int, int], int] = {}
         self.heard_of: set[int] = set()  # deaths, once nothing more can come from there
-        self.waiting: list[tuple[int, int, int]] = []
+        self.waiting: list[tuple[Key, int]] = []
 
-    def recall(self, step: int, index: int) -> bool:
+    def judge(self, key: Key) -> None:
+        if key in self.arrived and key in self.verdicts:
+            worker = self.arrived.pop(key)
+            if self.verdicts.pop(key):
+                assert key[:2] not in self.pieces  # each is there once
+                assert key[0] >= self.version
+                self.pieces[key[:2]] = worker
+
+    def recall(self, key: Key) -> bool:
+        self.verdicts.pop(key, None)
+        step, index, _ = key
         if step < self.version:
             return True
         self.pieces.pop((step, index), None)
@@ -47,7 +62,7 @@ class World:
         self.busy: dict[int, Sequence[float]] = {}
         self.owners = [Owner() for _ in range(owners)]
         # What a worker has sent and an owner has not taken in yet: one queue for each pair.
-        self.post: dict[tuple[int, int], deque[tuple[int, int]]] = {
+        self.post: dict[tuple[int, int], deque[Key]] = {
             (worker, owner): deque() for worker in self.workers for owner in range(owners)
         }
         self.dead: set[int] = set()
@@ -106,15 +121,15 @@ class World:
     def _finish(self, worker: int) -> None:
         step, index, attempt, *_ = map(int, self.busy.pop(worker))
         told = Finished(step, index, attempt, 1.0, 1.0, 0.0, refused=False)
+        for owner in range(len(self.owners)):
+            self.post[worker, owner].append((step, index, attempt))
         self.coordinator.finished(worker, told)
 
     def _take(self, pair: tuple[int, int]) -> None:
         worker, owner = pair
         key = self.post[pair].popleft()
-        pieces = self.owners[owner].pieces
-        assert key not in pieces  # each is there once
-        assert key[0] >= self.owners[owner].version
-        pieces[key] = worker
+        self.owners[owner].arrived[key] = worker
+        self.owners[owner].judge(key)
 
     def _lose(self, pair: tuple[int, int]) -> None:
         self.post[pair].clear()
@@ -129,28 +144,28 @@ class World:
         owner.heard_of.add(worker)
         if number == 0:
             self.coordinator.lost(worker)
-        for recall in [each for each in owner.waiting if each[2] == worker]:
+        for recall in [each for each in owner.waiting if each[1] == worker]:
             owner.waiting.remove(recall)
-            self._answer(number, recall)
+            self._answer(number, recall[0])
 
-    def _answer(self, number: int, recall: tuple[int, int, int]) -> None:
-        step, index, _ = recall
-        late = self.owners[number].recall(step, index)
-        self.coordinator.recalled(number, step, index, was_applied=late)
+    def _answer(self, number: int, key: Key) -> None:
+        late = self.owners[number].recall(key)
+        self.coordinator.recalled(number, key[0], key[1], was_applied=late)
 
     def _read(self, rank: int) -> None:
         kind, numbers = self.letters[rank].popleft()
         if kind is Kind.GRANT:
             self.busy[rank] = numbers
-        elif kind is Kind.ACCEPT:
-            for owner in range(len(self.owners)):
-                self.post[rank, owner].append((int(numbers[0]), int(numbers[1])))
+        elif kind in (Kind.ACCEPT, Kind.DISCARD):
+            key = int(numbers[0]), int(numbers[1]), int(numbers[2])
+            self.owners[rank].verdicts[key] = kind is Kind.ACCEPT
+            self.owners[rank].judge(key)
         elif kind is Kind.RECALL:
-            recall = int(numbers[0]), int(numbers[1]), int(numbers[2])
-            if recall[2] in self.owners[rank].heard_of:
-                self._answer(rank, recall)
+            key = int(numbers[0]), int(numbers[1]), int(numbers[2])
+            if int(numbers[3]) in self.owners[rank].heard_of:
+                self._answer(rank, key)
             else:
-                self.owners[rank].waiting.append(recall)
+                self.owners[rank].waiting.append((key, int(numbers[3])))
         elif kind is Kind.RECORD:
             self._record(rank, Record.of(tuple(numbers)))
 

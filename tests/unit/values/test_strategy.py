@@ -34,7 +34,9 @@ def agreements(replicas: int) -> st.SearchStrategy[Agreement]:
     servers = st.integers(0, replicas - 1)
     return st.one_of(
         st.just(Sync()),
-        st.builds(Async, whole, servers=servers, compensate=st.floats(0, 1e9)),
+        st.builds(
+            Async, whole, servers=servers, compensate=st.floats(0, 1e9), damp=st.floats(0, 1e9)
+        ),
         st.builds(Local, whole, after=whole, state=st.sampled_from(["own", "average"])),
         st.builds(
             DiLoCo,

@@ -12,6 +12,7 @@ from shoal.strategy import Strategy
         "dp2/async:2",
         "dp4/async:1:servers=1",
         "dp2/async:3:compensate=0.5+bf16",
+        "dp2/async:2:damp=1",
         "single/async:2",
         "dp2/async:2/mb:2",
     ],

@@ -126,7 +126,7 @@ class Coordinator:
         mine = claim is not None and (claim.worker, claim.attempt) == (rank, told.attempt)
         if claim is None or not mine or not self.claims.finish(claim):
             self._woke(rank)
-            self._send(rank, Kind.DISCARD, answer)
+            self._send_owners(Kind.DISCARD, answer)
         else:
             self._longest = max(self._longest, self.seconds - self._since.pop(claim.key))
             self._steps.setdefault(told.step, Told()).finished[told.index] = claim, told
@@ -135,9 +135,13 @@ class Coordinator:
                 self.refused += 1
                 message = "a contribution that is not finite was refused; the others count"
                 self._tell("refused", message, rank, told.step)
-            self._send(rank, Kind.ACCEPT, answer)
+            self._send_owners(Kind.ACCEPT, answer)
         self._ask(rank)
         self.dispatch()
+
+    def _send_owners(self, kind: Kind, numbers: Sequence[float]) -> None:
+        for owner in self._course.owners:
+            self._send(owner, kind, numbers)
 
     def applied(self, owner: int, version: int) -> None:
         """An owner has a new version; once all have it, it is there for everybody."""
@@ -192,8 +196,12 @@ class Coordinator:
             self._send(rank, Kind.RECORD, record.numbers)
 
     def dispatch(self) -> None:
-        """Hand out what may be started."""
-        while self._free:
+        """Hand out what may be started.
+
+        Not while all of a step is done and only its update is to come: for these few milliseconds a
+        worker gets a gradient that is one step fresher.
+        """
+        while self._free and not self._is_update_due():
             claim = self.claims.claim(self._free[0])
             if claim is None:
                 return
@@ -202,6 +210,10 @@ class Coordinator:
             refused = bool(self._past.get(claim.key, {}).get("refused"))
             numbers = claim.step, claim.index, claim.attempt, claim.version, refused
             self._send(claim.worker, Kind.GRANT, numbers)
+
+    def _is_update_due(self) -> bool:
+        told = self._steps.get(self.claims.version)
+        return told is not None and len(told.finished) == self._course.each
 
     def look_round(self) -> None:
         """Now and then: take back what is held for far longer than others have needed."""
@@ -240,13 +252,12 @@ class Coordinator:
         for claim in [each for each in self.claims.held.values() if each.worker == rank]:
             self.claims.take_back(claim)
             self.taken_back += 1
-        # Finished and counted, but were its pieces sent to all owners before it died?
+        # Finished and counted, but did its pieces reach all owners before it died?
         for step, told in self._steps.items():
             for index, (claim, _) in told.finished.items():
                 if claim.worker == rank:
                     self._recalled[step, index] = {}
-                    for owner in self._course.owners:
-                        self._send(owner, Kind.RECALL, (step, index, rank))
+                    self._send_owners(Kind.RECALL, (step, index, claim.attempt, rank))
         self._open_boundary()
         self.dispatch()
 

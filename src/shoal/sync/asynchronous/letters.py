@@ -1,7 +1,8 @@
 """What ranks say to one another in asynchronous SGD, as the numbers of letters.
 
-worker ─ READY, FINISHED ─▶ coordinator ─ GRANT, ACCEPT, DISCARD ─▶ worker
-worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ─ APPLIED ─▶ coordinator
+worker ─ READY, FINISHED ─▶ coordinator ─ GRANT ─▶ worker
+worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ◀─ ACCEPT, DISCARD ─ coordinator
+owner ─ APPLIED ─▶ coordinator
 coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
 coordinator ─ RECALL ─▶ owner ─ RECALLED ─▶ coordinator       once a worker has died
 """
@@ -21,11 +22,11 @@ class Kind(IntEnum):
     DISCARD = 5  # step, index, attempt
     PULL = 6  # version
     WEIGHTS = 7  # version, is_there; the owner's part
-    PIECE = 8  # step, index, version, count, has_gradient; the part of the gradient
+    PIECE = 8  # step, index, attempt, version, count, has_gradient; the part of the gradient
     APPLIED = 9  # version
     RECORD = 10  # `Record`
     NORM = 11  # step, the square of the norm of the owner's part
-    RECALL = 12  # step, index, worker: drop its piece, if it has come
+    RECALL = 12  # step, index, attempt, worker: drop its piece, if it has come
     RECALLED = 13  # step, index, was_applied: it was too late
 
 

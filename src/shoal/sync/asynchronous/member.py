@@ -61,6 +61,7 @@ class Recall:
 
     step: int
     index: int
+    attempt: int
 
 
 _Queued = Piece | Recall | None
@@ -80,12 +81,16 @@ class Member:
         # By owner: versions that have come (None: too old to be had), and what was asked for.
         self._weights: dict[int, dict[int, Tensor | None]] = {each: {} for each in self._owners}
         self._asked: dict[int, set[int]] = {each: set() for each in self._owners}
+        self._known = course.first  # the newest version that is there
         self._needed = -1  # the version that the main thread works with next
         self._loaded: dict[int, Tensor] = {}  # what the model has been given last
         self._works = group.rank in course.workers
-        self._outbox: dict[tuple[int, ...], list[tuple[int, Tensor | None]]] = {}
-        self._finished: dict[tuple[int, ...], tuple[int, float]] = {}
+        # Of an owner, by step, index and attempt: what waits for the other.
+        self._arrived: dict[tuple[int, ...], Piece] = {}
+        self._verdicts: dict[tuple[int, ...], bool] = {}
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
+        # An owner's newest version, and who has asked for one that is not there yet.
+        self._updated, self._expected = course.first, dict[int, list[int]]()
         self._norms: dict[int, dict[int, float]] = {}
         self.lost: set[int] = set()  # workers that have died
         self._recalls: dict[int, list[Recall]] = {}  # by worker: it may still be heard
@@ -102,6 +107,9 @@ class Member:
         self.mail = Mail(
             group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
         )
+        import sys
+
+        sys.setswitchinterval(0.0005)
         self.mail.start()
         if self._shard is not None:
             self._start(self._own)
@@ -159,15 +167,15 @@ class Member:
 
         ``has_gradient``: whether the model has gradients of it, on the version loaded last.
         """
-        letters: list[tuple[int, Tensor | None]] = []
+        self._post(0, Kind.FINISHED, told.numbers)
+        # Owners have the gradient by the time that they hear whether it counts.
+        numbers = grant.step, grant.index, grant.attempt, grant.version, told.count, has_gradient
         for owner, part in self._place.parts.items():
             gradient = part.gradient(self._loaded[owner]) if has_gradient else None
-            letters.append((owner, gradient))
-        key = grant.step, grant.index, grant.attempt
+            self.mail.send(owner, Kind.PIECE, numbers, gradient, "gradient")
         with self._changed:
-            self._outbox[key] = letters
-            self._finished[key] = grant.version, told.count
-        self._post(0, Kind.FINISHED, told.numbers)
+            # The next version is likely what comes to be worked with: its owners send it at once.
+            self._pull(self._known + 1)
 
     def close(self) -> None:
         """Leave, once nothing is left to do. Collective."""
@@ -223,9 +231,10 @@ class Member:
     def _on_record(self, letter: Letter) -> None:
         record = Record.of(letter.numbers)
         self._records[record.step] = record
+        self._known = record.step + 1
         # Beside what is being computed: a worker that has to wait for it then has it.
         if self._works and not any(self._asked.values()):
-            self._pull(record.step + 1)
+            self._pull(self._known)
 
     def _on_grant(self, letter: Letter) -> None:
         step, index, attempt, version, refused = letter.whole(5)
@@ -242,9 +251,15 @@ class Member:
     def _on_pull(self, letter: Letter) -> None:
         assert self._shard is not None  # only owners are asked
         (version,) = letter.whole(1)
+        if version > self._updated:
+            self._expected.setdefault(version, []).append(letter.source)
+        else:
+            self._give(letter.source, version)
+
+    def _give(self, rank: int, version: int) -> None:
+        assert self._shard is not None
         flat = self._shard.versions.get(version)
-        numbers = version, flat is not None
-        self.mail.send(letter.source, Kind.WEIGHTS, numbers, flat, "parameter")
+        self.mail.send(rank, Kind.WEIGHTS, (version, flat is not None), flat, "parameter")
 
     def _on_weights(self, letter: Letter) -> None:
         version, is_there = letter.whole(2)
@@ -255,19 +270,28 @@ class Member:
             del there[other]
 
     def _on_accept(self, letter: Letter) -> None:
-        key = step, index, _ = letter.whole(3)
-        version, count = self._finished.pop(key)
-        for owner, gradient in self._outbox.pop(key):
-            numbers = step, index, version, count, gradient is not None
-            self.mail.send(owner, Kind.PIECE, numbers, gradient, "gradient")
+        self._verdict(letter.whole(3), counts=True)
 
     def _on_discard(self, letter: Letter) -> None:
-        key = letter.whole(3)
-        del self._finished[key], self._outbox[key]
+        self._verdict(letter.whole(3), counts=False)
 
     def _on_piece(self, letter: Letter) -> None:
-        step, index, version = letter.whole(3)
-        self._pieces.put(Piece(step, index, version, letter.numbers[3], letter.payload))
+        step, index, attempt, version = letter.whole(4)
+        piece = Piece(step, index, version, letter.numbers[4], letter.payload)
+        self._judge((step, index, attempt), piece, self._verdicts.pop((step, index, attempt), None))
+
+    def _verdict(self, key: tuple[int, ...], *, counts: bool) -> None:
+        self._judge(key, self._arrived.pop(key, None), counts)
+
+    def _judge(self, key: tuple[int, ...], piece: Piece | None, counts: bool | None) -> None:
+        """A piece counts once it is here and the coordinator has said so, in either order."""
+        if piece is None:
+            assert counts is not None
+            self._verdicts[key] = counts
+        elif counts is None:
+            self._arrived[key] = piece
+        elif counts:
+            self._pieces.put(piece)
 
     def _on_norm(self, letter: Letter) -> None:
         (step,) = letter.whole(1)
@@ -278,7 +302,7 @@ class Member:
         with self._changed:
             self.lost.add(rank)
             for recall in self._recalls.pop(rank, ()):
-                self._pieces.put(recall)
+                self._recall(recall)
             try:
                 if self.coordinator is not None:
                     self._coordinating().lost(rank)
@@ -286,12 +310,16 @@ class Member:
                 self._changed.notify_all()
 
     def _on_recall(self, letter: Letter) -> None:
-        step, index, worker = letter.whole(3)
-        recall = Recall(step, index)
+        *key, worker = letter.whole(4)
+        recall = Recall(*key)
         if worker in self.lost:
-            self._pieces.put(recall)
+            self._recall(recall)
         else:  # this rank has not heard all of it yet
             self._recalls.setdefault(worker, []).append(recall)
+
+    def _recall(self, recall: Recall) -> None:
+        self._verdicts.pop((recall.step, recall.index, recall.attempt), None)
+        self._pieces.put(recall)  # behind the piece, if that has come
 
     def _on_recalled(self, letter: Letter) -> None:
         step, index, was_applied = letter.whole(3)
@@ -322,6 +350,14 @@ class Member:
                 square = shard.sum_up()
                 shard.update(self._norm(shard.version, square) if self._place.clips else 0.0)
                 self._post(0, Kind.APPLIED, (shard.version,))
+                self._publish(shard.version)
+
+    def _publish(self, version: int) -> None:
+        """Send a new version to all who have asked for it already."""
+        with self._changed:
+            self._updated = version
+            for rank in self._expected.pop(version, ()):
+                self._give(rank, version)
 
     def _norm(self, step: int, square: float) -> float:
         """The norm of the whole gradient, from all owners' parts, added up in one order."""

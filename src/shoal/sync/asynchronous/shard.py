@@ -2,6 +2,7 @@
 
     step k, pieces 0 … n-1      gradient = Σ_i  c_i ÷ C · g_i        in the order of i
     delay compensation          g_i + λ · g_i · g_i · (w_k - w_v)    (Zheng et al. 2017, eq. 10)
+    damping                     lr · Σ_i  c_i ÷ C · (1 + k - v_i)^-p    (Zhang et al. 2016: p = 1)
     version k + 1               one update of the recipe's optimizer, at the rate of step k
 
 g_i is the mean gradient of contribution i over the c_i that its objective counts, computed on
@@ -36,11 +37,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rules:
-    """How contributions become updates: ``each`` a step, staleness up to ``bound``, λ, clipping."""
+    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping."""
 
     each: int
     bound: int
     compensate: float = 0.0
+    damp: float = 0.0
     clip_norm: float | None = None
 
 
@@ -58,7 +60,7 @@ class Shard:
         self._part, self._optimizer, self._set_rate, self._rules = part, optimizer, set_rate, rules
         self._pieces: dict[int, dict[int, Piece]] = {}
         self._buffers = part.weights()[part.weights_size :]
-        self._anything = False
+        self._anything, self._fresh = False, 1.0
         self.version = version
         self.versions = {version: part.weights()}
 
@@ -89,6 +91,7 @@ class Shard:
         there = [piece for piece in pieces if piece.gradient is not None]
         self._anything = bool(there)
         total = sum(piece.count for piece in there)
+        self._fresh = self._freshness(there, total)
         part = self._part
         flat = torch.zeros(part.size + len(part.parameters), dtype=part.dtype)
         for piece in there:
@@ -101,6 +104,13 @@ class Shard:
             parameter.grad = place if is_used else None
         present = [place for place, is_used in zip(places, used, strict=True) if is_used]
         return sum(float(norm) ** 2 for norm in torch._foreach_norm(present)) if present else 0.0
+
+    def _freshness(self, pieces: list[Piece], total: float) -> float:
+        """What the learning rate is multiplied by."""
+        if not self._rules.damp or not total:
+            return 1.0
+        ages = [(piece.count, 1 + piece.step - piece.version) for piece in pieces]
+        return float(sum(count / total * age**-self._rules.damp for count, age in ages))
 
     def _used(self, pieces: list[Piece]) -> Tensor:
         used = torch.zeros(len(self._part.parameters), dtype=self._part.dtype)
@@ -142,6 +152,9 @@ class Shard:
         parameters = self._part.parameters
         if self._anything:
             self._set_rate(self.version)
+            if self._fresh != 1.0:
+                for group in self._optimizer.param_groups:
+                    group["lr"] *= self._fresh
             if self._rules.clip_norm is not None:
                 of_all = torch.tensor(norm, dtype=self._part.dtype)
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._rules.clip_norm, of_all)
