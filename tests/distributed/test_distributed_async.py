@@ -77,6 +77,27 @@ def test_a_schedule_gives_what_a_plain_loop_over_it_gives(
         torch.testing.assert_close(ran.weights[name], tensor, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "servers", "options"),
+    [(3, 0, {"clip_norm": 0.5, "optimizer": adamw}), (4, 2, {"build": lambda: normed()})],
+)
+def test_copies_of_an_owners_part_have_the_same_bits(
+    pool: Any, tmp_path: Path, ranks: int, servers: int, options: Any
+) -> None:
+    case, each = small(**options), ranks - servers
+    how = How(2, servers, 1.0, copies=1, past=schedule(8, each, 2))
+    ran = train(pool, ranks, case, how, tmp_path)  # which compares them
+    if "build" not in options:  # the plain loop knows no running statistics
+        expected = simulate(case, how.past, how, each)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(ran.weights[name], tensor, rtol=1e-11, atol=1e-12)
+
+
+def normed() -> nn.Module:
+    """With running statistics, which are buffers."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 16), nn.BatchNorm1d(16), nn.Linear(16, 5))
+
+
 class Jittery(nn.Module):
     """Waits before each forward pass, for as long as its own dice say."""
 

@@ -181,6 +181,24 @@ def test_without_any_worker_left_the_run_goes_on_from_its_newest_checkpoint(shoa
     assert [(line["step"], line["index"]) for line in ledger] == [(step, 0) for step in range(60)]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "victim"), [("dp3/async:2:copies=1", 2), ("dp4/async:2:servers=2:copies=1", 1)]
+)
+def test_an_owner_may_be_killed_where_another_has_a_copy_of_its_part(shoal, strategy, victim):
+    running = shoal.start_training("--strategy", strategy, *ASYNC[2:], *FAR, "--set", "steps=60")
+    running.wait_for_step(10)
+    os.kill(running.ranks()[victim], signal.SIGKILL)
+    done = running.finish()
+    assert done.status == 0
+    (lost,), (rejoined,) = told(shoal, "lost"), told(shoal, "rejoined")
+    assert lost["rank"] == rejoined["rank"] == victim
+    # There was no checkpoint before: what was done until then is from the copy.
+    assert done.document["resumed_from_step"] == rejoined["step"] >= 10
+    each = 3 if victim == 2 else 2
+    keys = [(line["step"], line["index"]) for line in shoal.lines("staleness.jsonl")]
+    assert keys == [(step, index) for step in range(60) for index in range(each)]
+
+
 def test_the_death_of_a_server_ends_the_run(shoal):
     options = ("--strategy", "dp3/async:2:servers=2", *ASYNC[2:], *EVERY)
     running = shoal.start_training(*options, "--set", "steps=400")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shoal.checkpoint import Background, Copies, SavedCheckpoint, Snapshot, prune, save
+from shoal.checkpoint.meeting import Meeting
 from shoal.comm import Group
 from shoal.recipe import Recipe
 from shoal.run import Run
@@ -79,7 +80,8 @@ class Committer:
         fingerprint = self._recipe.fingerprint
         snapshot = self._copies.take(self._team.snapshot(step, fingerprint, self._strategy, state))
         best = (convergence.best_step,) if convergence.best is not None else ()
-        self._background.start(lambda: self._save(snapshot, best))
+        meeting = self._team.meeting() or self._meeting
+        self._background.start(lambda: self._save(snapshot, best, meeting))
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one. Raises what `checkpoint.save` raises.
@@ -93,9 +95,9 @@ class Committer:
         with contextlib.suppress(Exception):
             self.wait()
 
-    def _save(self, snapshot: Snapshot, best: tuple[int, ...]) -> SavedCheckpoint:
+    def _save(self, snapshot: Snapshot, best: tuple[int, ...], meeting: Meeting) -> SavedCheckpoint:
         folder, keep = self._run.checkpoints_path, self._recipe.checkpoint.keep
-        saved = save(folder, snapshot, self._meeting, lambda: prune(folder, keep, also=best))
+        saved = save(folder, snapshot, meeting, lambda: prune(folder, keep, also=best))
         self._send(
             {
                 "kind": "checkpoint",

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shoal.checkpoint.meeting import Meeting
 from shoal.comm import Pending
 from shoal.errors import NotFinite
 from shoal.job import Job, ReplicaFeed, local_batch
-from shoal.job.owning import owners_of, workers_of
+from shoal.job.owning import kept_by, owners_of, workers_of
 from shoal.strategy import Async
 from shoal.sync.asynchronous import (
     Course,
@@ -76,6 +77,7 @@ class Crew:
             past=plan.past,
             expendable=way.expendable(groups.world.size) if plan.spares else (),
         )
+        self._owners = course.owners
         self.saves = groups.world.rank in course.owners  # whether it has anything to save
         unit = work.normalize_over or 1
         self._feeds = [
@@ -92,14 +94,20 @@ class Crew:
         model, held = kept_tensors(job.replica.model), kept_tensors(job.replica.holding)
         dtype = dtype_of(job.replica.model)
         assert job.owned is not None  # dealt out by `assemble`
-        parts = {}
-        for owner in course.owners:
-            names = [name for name in model if job.owned[name] == owner]
-            parts[owner] = Part({name: model[name] for name in names}, dtype)
+        parts, owned, owners = {}, job.owned, tuple(course.owners)
+        names = {
+            owner: [name for name in model if owned[name] in kept_by(owner, owners, way)]
+            for owner in owners
+        }
+        for owner in owners:
+            parts[owner] = Part({name: model[name] for name in names[owner]}, dtype)
         shard, clip = None, job.workload.clip_norm
-        if rank in course.owners:
-            mine = Part({name: held[name] for name in model if job.owned[name] == rank}, dtype)
-            rules = Rules(course.each, course.bound, way.compensate, way.damp, clip)
+        if rank in owners:
+            mine = Part({name: held[name] for name in names[rank]}, dtype)
+            of = [owned[name] for name in names[rank] if isinstance(held[name], nn.Parameter)]
+            rules = Rules(
+                course.each, course.bound, way.compensate, way.damp, clip, of if way.copies else ()
+            )
             shard = Shard(mine, job.optimizer, job.set_learning_rate, rules, course.first)
         return Place(parts, shard, clip is not None)
 
@@ -137,6 +145,8 @@ class Crew:
         self._begins, self._version = record.is_boundary, record.step + 1
         if record.is_boundary:
             self._stop_told = self._failure_told = False
+        if record.lost:
+            self.member.hear_of(record.lost)
         if record.culprit >= 0:
             raise _nothing_finite(record)
         bad: list[Any] = []
@@ -187,6 +197,11 @@ class Crew:
         """At a boundary: let the model have the version that is there. Collective."""
         self.member.load(self._version)
 
+    def meeting(self) -> Meeting | None:
+        """How owners meet to save, where one of them has died."""
+        has_lost_owner = any(owner in self.member.lost for owner in self._owners)
+        return _OwnersLeft(self.member) if has_lost_owner else None
+
     def survives(self) -> bool:
         """Whether the others go on where a connection has broken: it was to a spare worker."""
         return self.member.survives()
@@ -205,6 +220,18 @@ class Crew:
         if coordinator is None:
             return {}
         return {"refused": coordinator.refused, "taken_back": coordinator.taken_back}
+
+
+class _OwnersLeft:
+    """The owners that are left, as a checkpoint's meeting."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._among = member.owners_left
+        self.rank, self.size = self._among.index(member.rank), len(self._among)
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return self._member.meet(value, self._among)
 
 
 def _finite_gradient(job: Job) -> bool:

@@ -158,6 +158,7 @@ class Loop:
         self._owes = self._owes or due
         if self._owes and self.job.workload.evaluation is None:
             self._evaluate(step, result.flags.seconds, result.loss)
+        self.committer.settle()  # one in flight may have been with a rank that has died
         self.committer.commit(step, self.convergence, self._state())
         if stopping and step < self.total:
             return Outcome("stopped", "asked to stop by a signal", step, alone=True)

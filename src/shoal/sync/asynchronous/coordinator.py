@@ -146,19 +146,24 @@ class Coordinator:
     def applied(self, owner: int, version: int) -> None:
         """An owner has a new version; once all have it, it is there for everybody."""
         self._applied[owner] = version
+        self._advance()
+        self.dispatch()
+
+    def _advance(self) -> None:
         there = min(self._applied.values())
         while self.claims.version < there:
             step = self.claims.version
             self.claims.advance(step + 1)
             self._bring_limit()
             self._publish(step)
-        self.dispatch()
 
     def _bring_limit(self) -> None:
         """The next boundary is as near as can be, where a rank waits for one."""
         every, claims = self._course.every_s, self.claims
         due = every is not None and self.seconds - (self._seconds_told or 0.0) >= every
-        if self._stop or self._failed or due:
+        # Another owner's death might be one too many.
+        alone = len(self._applied) < len(self._course.owners)
+        if self._stop or self._failed or due or alone:
             # Of what is claimed already, and of the step that all know of, it is too late.
             nearest = max(claims.begun, claims.version)
             claims.limit = min(claims.limit or nearest, nearest)
@@ -236,7 +241,8 @@ class Coordinator:
     def lost(self, rank: int) -> None:
         """A worker has died: the others do what it has begun, and go on to the next boundary.
 
-        Raises `PeerLost` where no other is left.
+        Where it was an owner, another has a copy of its part, and the boundary is as near as can
+        be. Raises `PeerLost` where no worker is left, or no copy.
         """
         self._lost.add(rank)
         self._at.pop(rank, None)
@@ -244,6 +250,12 @@ class Coordinator:
             self._free.remove(rank)
         if self._lost.issuperset(self._course.workers):
             raise PeerLost("no worker is left")
+        owners = list(self._course.owners)
+        if rank in owners:
+            near = owners[owners.index(rank) - 1], owners[(owners.index(rank) + 1) % len(owners)]
+            if self._lost.intersection(near):
+                raise PeerLost("a part of the weights has gone, and its copy")
+            del self._applied[rank]
         message = (
             f"its process has gone: the others do what it had begun, up to the next evaluation or "
             f"checkpoint, where it rejoins ({len(self._course.workers) - len(self._lost)} go on)"
@@ -258,6 +270,10 @@ class Coordinator:
                 if claim.worker == rank:
                     self._recalled[step, index] = {}
                     self._send_owners(Kind.RECALL, (step, index, claim.attempt, rank))
+        for key, answers in list(self._recalled.items()):
+            answers.pop(rank, None)
+            self._decide(key)
+        self._advance()
         self._open_boundary()
         self.dispatch()
 
@@ -266,11 +282,16 @@ class Coordinator:
 
         Raises `PeerLost` where some owners have applied what others never got.
         """
-        answers = self._recalled[step, index]
-        answers[owner] = was_applied
-        if len(answers) < len(self._course.owners):
+        self._recalled[step, index][owner] = was_applied
+        self._decide((step, index))
+        self.dispatch()
+
+    def _decide(self, key: tuple[int, int]) -> None:
+        """Once all owners have answered: whether a dead worker's contribution is to be redone."""
+        answers, (step, index) = self._recalled[key], key
+        if len(answers) < len(self._applied):
             return
-        del self._recalled[step, index]
+        del self._recalled[key]
         if all(answers.values()):
             return
         if any(answers.values()):
@@ -280,4 +301,3 @@ class Coordinator:
         self.refused -= told.refused
         self.claims.reopen(claim)
         self.taken_back += 1
-        self.dispatch()

@@ -25,9 +25,10 @@ class Kind(IntEnum):
     PIECE = 8  # step, index, attempt, version, count, has_gradient; the part of the gradient
     APPLIED = 9  # version
     RECORD = 10  # `Record`
-    NORM = 11  # step, the square of the norm of the owner's part
+    NORM = 11  # step, how many pairs; (owner, the square of the norm of its part) …
     RECALL = 12  # step, index, attempt, worker: drop its piece, if it has come
     RECALLED = 13  # step, index, was_applied: it was too late
+    MEET = 14  # number of the meeting; what an owner says there, a byte an element
 
 
 @dataclass(frozen=True)

@@ -8,60 +8,26 @@ member.ready(step)
 found = member.next(step)          # a `Grant` to work on, or the `Record` of the step
 """
 
+import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shoal.comm import Group, Letter, Mail
+from shoal.errors import PeerLost
 from shoal.sync.asynchronous.coordinator import Coordinator, Course
 from shoal.sync.asynchronous.letters import Finished, Kind, Record
-from shoal.sync.asynchronous.parts import Part
-from shoal.sync.asynchronous.shard import Piece, Shard
+from shoal.sync.asynchronous.roles import Grant, Ledger, Place, Recall
+from shoal.sync.asynchronous.shard import Piece
 
 LOOK_ROUND_S = 1.0
 KNOWN_WITHIN_S = 5.0  # after a connection has broken, until it is known whose
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A contribution that this rank is to compute; ``is_refused``: only to say that it was not."""
-
-    step: int
-    index: int
-    attempt: int
-    version: int
-    is_refused: bool = False
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Where rank 0 writes a line per contribution, and tells what is out of the ordinary."""
-
-    write: Callable[[dict[str, Any]], None] = lambda _line: None
-    tell: Callable[[str, str, int, int], None] = lambda _event, _message, _rank, _step: None
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a rank is: the owners' parts of its model, by rank, and its own shard if it owns one."""
-
-    parts: Mapping[int, Part]
-    shard: Shard | None
-    clips: bool = False
-
-
-@dataclass(frozen=True)
-class Recall:
-    """A contribution that an owner is to drop, as its worker has died."""
-
-    step: int
-    index: int
-    attempt: int
 
 
 _Queued = Piece | Recall | None
@@ -94,6 +60,7 @@ class Member:
         self._norms: dict[int, dict[int, float]] = {}
         self.lost: set[int] = set()  # workers that have died
         self._recalls: dict[int, list[Recall]] = {}  # by worker: it may still be heard
+        self._met, self._said = 0, defaultdict[int, dict[int, Tensor]](dict)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._clock_since = time.monotonic()
@@ -103,7 +70,7 @@ class Member:
             ledger = ledger or Ledger()
             self.coordinator = Coordinator(course, self._post, ledger.write, ledger.tell)
         self._threads: list[threading.Thread] = []
-        dtype = next(iter(place.parts.values())).dtype
+        self._dtype = dtype = next(iter(place.parts.values())).dtype
         self.mail = Mail(
             group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
         )
@@ -153,13 +120,13 @@ class Member:
         with self._changed:
             self._needed = version
             self._pull(version)
-        self._wait(lambda: all(version in self._weights[owner] for owner in self._owners))
-        for owner, part in self._place.parts.items():
+        self._wait(lambda: all(version in self._weights[owner] for owner in self.owners_left))
+        for owner in self.owners_left:
             flat = self._weights[owner][version]
             if flat is None:
                 return False
             self._loaded[owner] = flat
-            part.load(flat)
+            self._place.parts[owner].load(flat)
         return True
 
     def finish(self, grant: Grant, told: Finished, *, has_gradient: bool) -> None:
@@ -170,7 +137,8 @@ class Member:
         self._post(0, Kind.FINISHED, told.numbers)
         # Owners have the gradient by the time that they hear whether it counts.
         numbers = grant.step, grant.index, grant.attempt, grant.version, told.count, has_gradient
-        for owner, part in self._place.parts.items():
+        for owner in self.owners_left:
+            part = self._place.parts[owner]
             gradient = part.gradient(self._loaded[owner]) if has_gradient else None
             self.mail.send(owner, Kind.PIECE, numbers, gradient, "gradient")
         with self._changed:
@@ -185,7 +153,7 @@ class Member:
             thread.join()
         self.mail.close()
 
-    def _wait(self, until: Callable[[], bool]) -> None:
+    def _wait(self, until: Callable[[], object]) -> None:
         began = time.perf_counter()
         with self._changed:
             while not until():
@@ -243,7 +211,7 @@ class Member:
         self._pull(version)  # it is under way before the main thread wakes
 
     def _pull(self, version: int) -> None:
-        for owner in self._owners:
+        for owner in self.owners_left:
             if version not in self._weights[owner] and version not in self._asked[owner]:
                 self._asked[owner].add(version)
                 self._post(owner, Kind.PULL, (version,))
@@ -294,13 +262,37 @@ class Member:
             self._pieces.put(piece)
 
     def _on_norm(self, letter: Letter) -> None:
-        (step,) = letter.whole(1)
-        self._norms.setdefault(step, {})[letter.source] = letter.numbers[1]
+        step, pairs = letter.whole(2)
+        numbers = letter.numbers[2 : 2 + 2 * pairs]
+        for owner, square in zip(numbers[::2], numbers[1::2], strict=True):
+            self._norms.setdefault(step, {})[int(owner)] = square
+
+    @property
+    def owners_left(self) -> tuple[int, ...]:
+        """The owners, without those that have died and that others have copies of."""
+        return tuple(owner for owner in self._owners if owner not in self.lost)
+
+    def meet(self, value: Any, among: Collection[int]) -> list[Any]:
+        """What each of some ranks says, in their order. Collective over these."""
+        self._met += 1
+        number, data = self._met, torch.tensor(list(json.dumps(value).encode()))
+        for rank in among:
+            self.mail.send(rank, Kind.MEET, (number,), data.to(self._dtype))
+        self._wait(lambda: self.lost.intersection(among) or len(self._said[number]) == len(among))
+        said = self._said.pop(number)
+        if len(said) < len(among):
+            raise PeerLost("another rank has died while those that are left meet")
+        return [json.loads(bytes(said[rank].byte().tolist())) for rank in among]
+
+    def _on_meet(self, letter: Letter) -> None:
+        assert letter.payload is not None
+        self._said[letter.whole(1)[0]][letter.source] = letter.payload
 
     def _lose(self, rank: int) -> None:
-        """A worker that owns nothing has died, and all that it had sent was handled."""
+        """A rank that the others go on without has died; all that it had sent was handled."""
         with self._changed:
             self.lost.add(rank)
+            self._asked.get(rank, set()).clear()
             for recall in self._recalls.pop(rank, ()):
                 self._recall(recall)
             try:
@@ -325,8 +317,13 @@ class Member:
         step, index, was_applied = letter.whole(3)
         self._coordinating().recalled(letter.source, step, index, was_applied=bool(was_applied))
 
+    def hear_of(self, lost: int) -> None:
+        """Wait until this rank knows, too, of so many that have died."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.lost) >= lost, KNOWN_WITHIN_S)
+
     def survives(self) -> bool:
-        """Whether all that have died are workers that own nothing; after a connection has broken.
+        """Whether the others can go on without those that have died; after a connection has broken.
 
         Waits until it is known who that was.
         """
@@ -347,8 +344,8 @@ class Member:
                 continue
             shard.add(piece)
             while shard.is_ready:
-                square = shard.sum_up()
-                shard.update(self._norm(shard.version, square) if self._place.clips else 0.0)
+                squares = shard.sum_up()
+                shard.update(self._norm(shard.version, squares) if self._place.clips else 0.0)
                 self._post(0, Kind.APPLIED, (shard.version,))
                 self._publish(shard.version)
 
@@ -359,10 +356,15 @@ class Member:
             for rank in self._expected.pop(version, ()):
                 self._give(rank, version)
 
-    def _norm(self, step: int, square: float) -> float:
-        """The norm of the whole gradient, from all owners' parts, added up in one order."""
+    def _norm(self, step: int, squares: Mapping[int, float]) -> float:
+        """The norm of the whole gradient, from all owners' parts, added up in one order.
+
+        With copies each part's comes from two, and from one of them once the other has died.
+        """
+        of = squares if len(squares) > 1 else {self.rank: sum(squares.values())}
+        pairs = [number for pair in of.items() for number in pair]
         for owner in self._owners:
-            self._post(owner, Kind.NORM, (step, square))
+            self._post(owner, Kind.NORM, (step, len(of), *pairs))
         with self._changed:
             while len(self._norms.get(step, ())) < len(self._owners):
                 if self.mail.failure is not None or self._closing.is_set():

@@ -14,7 +14,7 @@ is over the others. The last S + 1 versions are kept, as workers may still ask f
         shard.sum_up(); shard.update(norm)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rules:
-    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping."""
+    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping.
+
+    ``of``: with copies, whose part each parameter is of: its owner's, or another's that this one
+    keeps a copy of. Both get the same bits.
+    """
 
     each: int
     bound: int
     compensate: float = 0.0
     damp: float = 0.0
     clip_norm: float | None = None
+    of: Sequence[int] = ()
 
 
 class Shard:
@@ -84,8 +89,11 @@ class Shard:
         return len(self._pieces.get(self.version, ())) == self._rules.each
 
     @torch.no_grad()
-    def sum_up(self) -> float:
-        """Give the parameters the step's gradient; returns the square of its norm."""
+    def sum_up(self) -> dict[int, float]:
+        """Give the parameters the step's gradient; returns the square of its norm.
+
+        By owner, where there are copies; else under 0.
+        """
         of_step = self._pieces.pop(self.version)
         pieces = [of_step[index] for index in range(self._rules.each)]
         there = [piece for piece in pieces if piece.gradient is not None]
@@ -96,14 +104,31 @@ class Shard:
         flat = torch.zeros(part.size + len(part.parameters), dtype=part.dtype)
         for piece in there:
             weight = piece.count / total if total else 0.0
-            flat[: part.weights_size].add_(self._compensated(piece), alpha=weight)
+            self._add(flat[: part.weights_size], self._compensated(piece), weight)
         self._change_buffers(there)
         used = [bool(number) for number in self._used(there).tolist()]
         places = part.of_parameters(flat)
         for parameter, place, is_used in zip(part.parameters, places, used, strict=True):
             parameter.grad = place if is_used else None
         present = [place for place, is_used in zip(places, used, strict=True) if is_used]
-        return sum(float(norm) ** 2 for norm in torch._foreach_norm(present)) if present else 0.0
+        squares = [float(norm) ** 2 for norm in torch._foreach_norm(present)] if present else []
+        if not self._rules.of:
+            return {0: sum(squares)}
+        by_owner = dict.fromkeys(self._rules.of, 0.0)
+        of = [owner for owner, is_used in zip(self._rules.of, used, strict=True) if is_used]
+        for owner, square in zip(of, squares, strict=True):
+            by_owner[owner] += square
+        return by_owner
+
+    def _add(self, total: Tensor, values: Tensor, weight: float) -> None:
+        """Add so much of some values; where there are copies, in two roundings.
+
+        In one, the bits of an element would depend on its place.
+        """
+        if self._rules.of:
+            total.add_(values * weight)
+        else:
+            total.add_(values, alpha=weight)
 
     def _freshness(self, pieces: list[Piece], total: float) -> float:
         """What the learning rate is multiplied by."""
@@ -135,7 +160,7 @@ class Shard:
         first, last = self._part.weights_size, self._part.size
         for piece in pieces:
             assert piece.gradient is not None
-            self._buffers.add_(piece.gradient[first:last], alpha=1 / len(pieces))
+            self._add(self._buffers, piece.gradient[first:last], 1 / len(pieces))
         start = 0
         for buffer in self._part.buffers:
             values = self._buffers[start : start + buffer.numel()].view(buffer.shape)
