@@ -109,7 +109,9 @@ class Crew:
                 course.each, course.bound, way.compensate, way.damp, clip, of if way.copies else ()
             )
             shard = Shard(mine, job.optimizer, job.set_learning_rate, rules, course.first)
-        return Place(parts, shard, clip is not None)
+        # So that none has applied what another will never get, as its worker has died.
+        meets = len(owners) > 1 and bool(course.expendable)
+        return Place(parts, shard, meets or clip is not None)
 
     def step(self, step: int, flags: Flags, times: StepTimes | None = None) -> StepResult:
         """Work until all of step `step` was applied. As `train_step`, but nobody waits for others.

@@ -83,7 +83,7 @@ class Coordinator:
         self._steps: dict[int, Told] = {}
         self._overdue: dict[int, Claim] = {}  # by worker: taken back, and nothing heard since
         self._lost: set[int] = set()
-        self._recalled: dict[tuple[int, int], dict[int, bool]] = {}  # by owner: was it applied?
+        self._recalled: dict[tuple[int, int], dict[int, bool]] = {}  # by owner: does it lack it?
         self._stop = self._failed = self._bad = 0.0
         self._seconds_told: float | None = None  # rank 0's clock at the last boundary
         self.seconds = 0.0  # rank 0's clock, set by whoever calls
@@ -277,12 +277,9 @@ class Coordinator:
         self._open_boundary()
         self.dispatch()
 
-    def recalled(self, owner: int, step: int, index: int, *, was_applied: bool) -> None:
-        """An owner has dropped a dead worker's piece, or could not any more.
-
-        Raises `PeerLost` where some owners have applied what others never got.
-        """
-        self._recalled[step, index][owner] = was_applied
+    def recalled(self, owner: int, step: int, index: int, *, lacks: bool) -> None:
+        """An owner has a dead worker's piece, or will never get it."""
+        self._recalled[step, index][owner] = lacks
         self._decide((step, index))
         self.dispatch()
 
@@ -292,12 +289,12 @@ class Coordinator:
         if len(answers) < len(self._applied):
             return
         del self._recalled[key]
-        if all(answers.values()):
+        if not any(answers.values()):
             return
-        if any(answers.values()):
-            raise PeerLost(f"a worker died while it sent its contribution to step {step}")
+        # No owner has applied it: they wait for one another before an update.
         claim, told = self._steps[step].finished.pop(index)
         self._bad -= told.bad_examples
         self.refused -= told.refused
+        self._send_owners(Kind.DROP, (*claim.key, claim.attempt))
         self.claims.reopen(claim)
         self.taken_back += 1

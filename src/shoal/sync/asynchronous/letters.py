@@ -4,7 +4,7 @@ worker ─ READY, FINISHED ─▶ coordinator ─ GRANT ─▶ worker
 worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ◀─ ACCEPT, DISCARD ─ coordinator
 owner ─ APPLIED ─▶ coordinator
 coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
-coordinator ─ RECALL ─▶ owner ─ RECALLED ─▶ coordinator       once a worker has died
+coordinator ─ RECALL ─▶ owner ─ RECALLED ─▶ coordinator ─ DROP ─▶ owner      a worker has died
 """
 
 from dataclasses import astuple, dataclass
@@ -25,10 +25,11 @@ class Kind(IntEnum):
     PIECE = 8  # step, index, attempt, version, count, has_gradient; the part of the gradient
     APPLIED = 9  # version
     RECORD = 10  # `Record`
-    NORM = 11  # step, how many pairs; (owner, the square of the norm of its part) …
-    RECALL = 12  # step, index, attempt, worker: drop its piece, if it has come
-    RECALLED = 13  # step, index, was_applied: it was too late
-    MEET = 14  # number of the meeting; what an owner says there, a byte an element
+    NORM = 11  # step, round, how many pairs; (owner, the square of the norm of its part) …
+    RECALL = 12  # step, index, attempt, worker: has its piece come?
+    RECALLED = 13  # step, index, lacks: it has not, and never will
+    DROP = 14  # step, index, attempt: some owner lacks it, another worker does it again
+    MEET = 15  # number of the meeting; what an owner says there, a byte an element
 
 
 @dataclass(frozen=True)

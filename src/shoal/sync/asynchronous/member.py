@@ -12,7 +12,7 @@ import json
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -57,7 +57,10 @@ class Member:
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
         # An owner's newest version, and who has asked for one that is not there yet.
         self._updated, self._expected = course.first, dict[int, list[int]]()
-        self._norms: dict[int, dict[int, float]] = {}
+        # By step and round: by owner, what it has said of whose parts. A step has another round for
+        # each contribution to it that was dropped; those are counted as heard of, and as done.
+        self._norms: dict[tuple[int, int], dict[int, dict[int, float]]] = {}
+        self._dropped, self._rounds = Counter[int](), Counter[int]()
         self.lost: set[int] = set()  # workers that have died
         self._recalls: dict[int, list[Recall]] = {}  # by worker: it may still be heard
         self._met, self._said = 0, defaultdict[int, dict[int, Tensor]](dict)
@@ -262,10 +265,10 @@ class Member:
             self._pieces.put(piece)
 
     def _on_norm(self, letter: Letter) -> None:
-        step, pairs = letter.whole(2)
-        numbers = letter.numbers[2 : 2 + 2 * pairs]
-        for owner, square in zip(numbers[::2], numbers[1::2], strict=True):
-            self._norms.setdefault(step, {})[int(owner)] = square
+        step, number, pairs = letter.whole(3)
+        of, squares = letter.numbers[3 : 3 + 2 * pairs : 2], letter.numbers[4 : 3 + 2 * pairs : 2]
+        told = {int(owner): square for owner, square in zip(of, squares, strict=True)}
+        self._norms.setdefault((step, number), {})[letter.source] = told
 
     @property
     def owners_left(self) -> tuple[int, ...]:
@@ -310,12 +313,19 @@ class Member:
             self._recalls.setdefault(worker, []).append(recall)
 
     def _recall(self, recall: Recall) -> None:
+        # What counts was said before; what has come by then is all that comes.
+        lacks = (recall.step, recall.index, recall.attempt) in self._verdicts
+        self._post(0, Kind.RECALLED, (recall.step, recall.index, lacks))
+
+    def _on_drop(self, letter: Letter) -> None:
+        recall = Recall(*letter.whole(3))
         self._verdicts.pop((recall.step, recall.index, recall.attempt), None)
+        self._dropped[recall.step] += 1
         self._pieces.put(recall)  # behind the piece, if that has come
 
     def _on_recalled(self, letter: Letter) -> None:
-        step, index, was_applied = letter.whole(3)
-        self._coordinating().recalled(letter.source, step, index, was_applied=bool(was_applied))
+        step, index, lacks = letter.whole(3)
+        self._coordinating().recalled(letter.source, step, index, lacks=bool(lacks))
 
     def hear_of(self, lost: int) -> None:
         """Wait until this rank knows, too, of so many that have died."""
@@ -339,13 +349,16 @@ class Member:
         assert shard is not None
         while (piece := self._pieces.get()) is not None:
             if isinstance(piece, Recall):
-                was_applied = shard.recall(piece.step, piece.index)
-                self._post(0, Kind.RECALLED, (piece.step, piece.index, was_applied))
+                shard.drop(piece.step, piece.index)
+                self._rounds[piece.step] += 1
                 continue
             shard.add(piece)
             while shard.is_ready:
                 squares = shard.sum_up()
-                shard.update(self._norm(shard.version, squares) if self._place.clips else 0.0)
+                norm = self._norm(shard.version, squares) if self._place.meets else 0.0
+                if norm is None:
+                    break
+                shard.update(norm)
                 self._post(0, Kind.APPLIED, (shard.version,))
                 self._publish(shard.version)
 
@@ -356,19 +369,24 @@ class Member:
             for rank in self._expected.pop(version, ()):
                 self._give(rank, version)
 
-    def _norm(self, step: int, squares: Mapping[int, float]) -> float:
+    def _norm(self, step: int, squares: Mapping[int, float]) -> float | None:
         """The norm of the whole gradient, from all owners' parts, added up in one order.
 
-        With copies each part's comes from two, and from one of them once the other has died.
+        All have all of the step's pieces then. None where a piece is to be dropped. With copies
+        each part's norm comes from two, and from one of them once the other has died.
         """
         of = squares if len(squares) > 1 else {self.rank: sum(squares.values())}
+        key = step, self._rounds[step]
         pairs = [number for pair in of.items() for number in pair]
-        for owner in self._owners:
-            self._post(owner, Kind.NORM, (step, len(of), *pairs))
+        for owner in self.owners_left:
+            self._post(owner, Kind.NORM, (*key, len(of), *pairs))
         with self._changed:
-            while len(self._norms.get(step, ())) < len(self._owners):
+            while not all(owner in self._norms.get(key, ()) for owner in self.owners_left):
                 if self.mail.failure is not None or self._closing.is_set():
                     raise self.mail.failure or RuntimeError("closed within a step")
+                if self._dropped[step] > self._rounds[step]:
+                    return None
                 self._changed.wait()
-            squares = self._norms.pop(step)
-        return float(sum(squares[owner] for owner in sorted(squares)) ** 0.5)
+            told = self._norms.pop(key)
+        by_owner = {owner: square for each in told.values() for owner, square in each.items()}
+        return float(sum(by_owner[owner] for owner in sorted(by_owner)) ** 0.5)

@@ -33,11 +33,15 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank is: the owners' parts of its model, by rank, and its own shard if it owns one."""
+    """What a rank is: the owners' parts of its model, by rank, and its own shard if it owns one.
+
+    ``meets``: whether owners wait for one another before an update, and exchange the norms of their
+    parts.
+    """
 
     parts: Mapping[int, Part]
     shard: Shard | None
-    clips: bool = False
+    meets: bool = False
 
 
 @dataclass(frozen=True)

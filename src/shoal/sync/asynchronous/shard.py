@@ -65,7 +65,8 @@ class Shard:
         self._part, self._optimizer, self._set_rate, self._rules = part, optimizer, set_rate, rules
         self._pieces: dict[int, dict[int, Piece]] = {}
         self._buffers = part.weights()[part.weights_size :]
-        self._anything, self._fresh = False, 1.0
+        self._there: list[Piece] = []
+        self._fresh = 1.0
         self.version = version
         self.versions = {version: part.weights()}
 
@@ -76,12 +77,11 @@ class Shard:
             raise RuntimeError(f"contribution {piece.step}/{piece.index} has come twice")
         of_step[piece.index] = piece
 
-    def recall(self, step: int, index: int) -> bool:
-        """Drop a contribution, if it has come; whether it was applied already."""
+    def drop(self, step: int, index: int) -> None:
+        """Forget a contribution, if it has come: another comes in its place."""
         if step < self.version:
-            return True
+            raise RuntimeError(f"contribution {step}/{index} was applied, and cannot be dropped")
         self._pieces.get(step, {}).pop(index, None)
-        return False
 
     @property
     def is_ready(self) -> bool:
@@ -92,12 +92,12 @@ class Shard:
     def sum_up(self) -> dict[int, float]:
         """Give the parameters the step's gradient; returns the square of its norm.
 
-        By owner, where there are copies; else under 0.
+        By owner, where there are copies; else under 0. Nothing has changed before `update`.
         """
-        of_step = self._pieces.pop(self.version)
+        of_step = self._pieces[self.version]
         pieces = [of_step[index] for index in range(self._rules.each)]
         there = [piece for piece in pieces if piece.gradient is not None]
-        self._anything = bool(there)
+        self._there = there
         total = sum(piece.count for piece in there)
         self._fresh = self._freshness(there, total)
         part = self._part
@@ -105,7 +105,6 @@ class Shard:
         for piece in there:
             weight = piece.count / total if total else 0.0
             self._add(flat[: part.weights_size], self._compensated(piece), weight)
-        self._change_buffers(there)
         used = [bool(number) for number in self._used(there).tolist()]
         places = part.of_parameters(flat)
         for parameter, place, is_used in zip(part.parameters, places, used, strict=True):
@@ -175,7 +174,8 @@ class Shard:
         A step that has no contribution left changes nothing.
         """
         parameters = self._part.parameters
-        if self._anything:
+        self._change_buffers(self._there)
+        if self._there:
             self._set_rate(self.version)
             if self._fresh != 1.0:
                 for group in self._optimizer.param_groups:
@@ -185,6 +185,7 @@ class Shard:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._rules.clip_norm, of_all)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        del self._pieces[self.version]
         self.version += 1
         self.versions[self.version] = self._part.weights()
         self.versions.pop(self.version - self._rules.bound - 1, None)
