@@ -33,7 +33,7 @@ def crew_of(
 ) -> Crew | None:
     """This rank's part of an asynchronous run; None for other strategies. Collective.
 
-    ``spares``: whether workers that own nothing may die (see `Plan`).
+    ``spares``: whether ranks may die that the others go on without (see `Plan`).
     """
     if not isinstance(way, Async) or job.owned is None:
         if replay is not None:

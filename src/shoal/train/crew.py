@@ -47,7 +47,7 @@ class Plan:
     """When the loop's meetings are, and the ledger to follow, if a run is replayed.
 
     ``spares``: whether somebody is there to start a new generation of ranks, so that the others go
-    on where a worker dies that owns nothing.
+    on where one dies that holds nothing that is nowhere else.
     """
 
     boundary_after: Callable[[int], int]
