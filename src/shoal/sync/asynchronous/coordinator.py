@@ -256,9 +256,10 @@ class Coordinator:
             if self._lost.intersection(near):
                 raise PeerLost("a part of the weights has gone, and its copy")
             del self._applied[rank]
+        left = len(set(self._course.workers) - self._lost)
         message = (
-            f"its process has gone: the others do what it had begun, up to the next evaluation or "
-            f"checkpoint, where it rejoins ({len(self._course.workers) - len(self._lost)} go on)"
+            "its process has gone: the others do what it had begun, up to the next evaluation or "
+            f"checkpoint, where it rejoins (workers that go on: {left})"
         )
         self._tell("lost", message, rank, self.claims.version)
         for claim in [each for each in self.claims.held.values() if each.worker == rank]:
