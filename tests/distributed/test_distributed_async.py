@@ -226,7 +226,9 @@ def test_a_worker_that_stands_still_loses_its_claim_and_what_it_computed(
 ) -> None:
     file = tmp_path / "go on"
     # Rank 0 keeps the weights. Rank 1 can only come so far if it gets what rank 2 holds.
-    builds = {1: lambda: Held(file, 10), 2: lambda: Held(file, None)}
+    # And it may not be done with everything before rank 2 has begun.
+    begun = tmp_path / "begun"
+    builds = {1: lambda: Held(file, 10, begun), 2: lambda: Held(file, None, begun)}
     case = small(6, build=lambda: Held(tmp_path / "never", 0))
     how = How(1, servers=1, builds=builds, impatient=True)
     ran = train(pool, 3, case, how, tmp_path)
