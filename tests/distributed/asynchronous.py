@@ -26,6 +26,7 @@ class How:
     servers: int = 0
     compensate: float = 0.0
     damp: float = 0.0
+    copies: int = 0
     past: Any = None  # a ledger to be followed
     boundary_every: int = NEVER
     builds: dict[int, Callable[[], nn.Module]] = field(default_factory=dict)
@@ -64,7 +65,7 @@ def _crew(groups: Any, job: Any, how: How, lines: list[Any], events: list[Any]) 
     if how.past is not None:
         past = {(line["step"], line["index"]): line for line in how.past}
     plan = Plan(lambda step: (step // every + 1) * every, past=past)
-    way = Async(how.bound, how.servers, how.compensate, how.damp)
+    way = Async(how.bound, how.servers, how.compensate, how.damp, how.copies)
     return Crew(job, way, plan, Ledger(lines.append, lambda *told: events.append(told)))
 
 
@@ -74,7 +75,7 @@ def _train(context: Any, case: Case, how: How, folder: str) -> Any:
     from shoal.train.step import Flags
 
     groups = _groups(context)
-    way = Async(how.bound, how.servers, how.compensate, how.damp)
+    way = Async(how.bound, how.servers, how.compensate, how.damp, how.copies)
     build = how.builds.get(context.rank, case.build)
     job = assembled(groups, replace(case, build=build, execution={"agreement": way}))
     lines: list[Any] = []
@@ -114,7 +115,9 @@ def train(pool: Any, ranks: int, case: Case, how: How, folder: Path) -> Ran:
         return Ran({}, [], [], [], {}, [each["error"] for each in said])
     owned = [load_file(folder / f"held-{rank}.safetensors") for rank in range(ranks)]
     weights = {name: tensor for part in owned for name, tensor in part.items()}
-    assert sum(map(len, owned)) == len(weights)  # each tensor has one owner
+    # Each tensor has one owner, and with copies another, which has the same bits.
+    assert sum(map(len, owned)) == len(weights) * (1 + how.copies)
+    assert all(torch.equal(each, weights[name]) for part in owned for name, each in part.items())
     for rank in range(ranks):
         model = load_file(folder / f"model-{rank}.safetensors")
         assert model.keys() == weights.keys()

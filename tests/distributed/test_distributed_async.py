@@ -77,6 +77,31 @@ def test_a_schedule_gives_what_a_plain_loop_over_it_gives(
         torch.testing.assert_close(ran.weights[name], tensor, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "servers", "options"),
+    [
+        (3, 0, {"clip_norm": 0.5, "optimizer": adamw}),
+        # No worker's share is a single row, which batch norm refuses.
+        (4, 2, {"build": lambda: normed(), "batches": batches_of(*images(100), 50, 8)}),
+    ],
+)
+def test_copies_of_an_owners_part_have_the_same_bits(
+    pool: Any, tmp_path: Path, ranks: int, servers: int, options: Any
+) -> None:
+    case, each = small(**options), ranks - servers
+    how = How(2, servers, 1.0, copies=1, past=schedule(8, each, 2))
+    ran = train(pool, ranks, case, how, tmp_path)  # which compares them
+    if "build" not in options:  # the plain loop knows no running statistics
+        expected = simulate(case, how.past, how, each)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(ran.weights[name], tensor, rtol=1e-11, atol=1e-12)
+
+
+def normed() -> nn.Module:
+    """With running statistics, which are buffers."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 16), nn.BatchNorm1d(16), nn.Linear(16, 5))
+
+
 class Jittery(nn.Module):
     """Waits before each forward pass, for as long as its own dice say."""
 
@@ -201,7 +226,9 @@ def test_a_worker_that_stands_still_loses_its_claim_and_what_it_computed(
 ) -> None:
     file = tmp_path / "go on"
     # Rank 0 keeps the weights. Rank 1 can only come so far if it gets what rank 2 holds.
-    builds = {1: lambda: Held(file, 10), 2: lambda: Held(file, None)}
+    # And it may not be done with everything before rank 2 has begun.
+    begun = tmp_path / "begun"
+    builds = {1: lambda: Held(file, 10, begun), 2: lambda: Held(file, None, begun)}
     case = small(6, build=lambda: Held(tmp_path / "never", 0))
     how = How(1, servers=1, builds=builds, impatient=True)
     ran = train(pool, 3, case, how, tmp_path)

@@ -245,3 +245,49 @@ def test_in_another_thread_it_works_and_hears_nothing():
     thread.start()
     thread.join()
     assert found == ["here"]
+
+
+def _die_or_wait(context, how, folder):
+    """Rank 2 leaves in one of several ways; the others wait until it has."""
+    import pathlib
+
+    begun = pathlib.Path(folder) / "begun"
+    if context.rank == 2:
+        begun.touch()
+        if how == "error":
+            raise ZeroDivisionError("its own fault")
+        if how == "exit":
+            os._exit(7)
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+        time.sleep(50)
+    while not begun.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    if how == "another" and context.rank == 1:
+        raise ValueError("this is the cause, later")
+    return [context.rank, context.spares]
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_spared_rank_may_be_killed_and_the_others_end_in_their_time(tmp_path, how):
+    with Ranks(3) as ranks:
+        processes = ranks.process_ids
+        results = ranks.call(_die_or_wait, how, str(tmp_path), spared=lambda rank: rank == 2)
+        assert results == [[0, True], [1, True], None]
+    assert gone_within(processes, 20)
+
+
+@pytest.mark.parametrize(
+    ("how", "spared", "said", "of_rank"),
+    [
+        ("kill", (), "killed by SIGKILL", 2),
+        ("kill", (1,), "killed by SIGKILL", 2),
+        ("error", (2,), "its own fault", 2),  # it would fail again
+        ("exit", (2,), "exit status 7", 2),
+        ("another", (2,), "the cause, later", 1),
+    ],
+)
+def test_whatever_else_happens_ends_all(tmp_path, how, spared, said, of_rank):
+    with pytest.raises(ShoalError, match=said) as caught:
+        Ranks(3).call(_die_or_wait, how, str(tmp_path), spared=lambda rank: rank in spared)
+    assert caught.value.rank == of_rank

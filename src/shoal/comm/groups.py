@@ -186,7 +186,8 @@ class Groups:
     neighbours in the other stages, ``model`` both: one replica. ``shard`` are the ranks of ``data``
     that keep one part of the model in pieces between them (ZeRO), ``copies`` those that hold the
     same piece: one rank alone, unless there are several such groups. ``checkpoint`` are all ranks
-    over connections for the thread that saves while the others are in use: host memory only.
+    over connections for the thread that saves while the others are in use: host memory only; or
+    the first few, where only these have something to save (any other is alone there).
     ``between`` are the ranks with the same place in each replica, where replicas have weights of
     their own for a while, and ``inner`` the groups within one replica, as if it were alone; None
     where they agree at every step.
@@ -245,6 +246,7 @@ class Groups:
         shards: int | None = None,
         apart: bool = False,
         mail: bool = False,
+        savers: int | None = None,
         transport: Transport = "auto",
         timeout_s: float = TIMEOUT_S,
     ) -> "Groups":
@@ -254,6 +256,7 @@ class Groups:
         ``shards``: how many ranks of the data axis, next to one another, are a shard group; None
         for all of them. ``apart``: whether replicas (shard groups, if there are any) have weights
         of their own for a while. ``mail``: whether threads are to exchange letters.
+        ``savers``: how many ranks, the first ones, save checkpoints; None for all.
         ``transport``: "auto" is shared memory where all ranks are on one host and compute on the
         CPU. Collective over all ranks. Raises `WorldError` if the meeting place cannot be had, or
         shared memory that was asked for.
@@ -264,7 +267,8 @@ class Groups:
         timeout = timedelta(seconds=timeout_s)
         place = open_store(store, rank, world_size, timeout)
         mesh = Mesh(axes or (("dp", world_size),)).with_shards(shards)
-        member = _Member(rank, mesh, PrefixStore(generation, place), timeout, apart, mail)
+        meeting = PrefixStore(generation, place)
+        member = _Member(rank, mesh, meeting, timeout, apart, mail, savers or world_size)
         with peer_failures():
             reason = _why_not_shared(transport, device)
             if reason is None:
@@ -302,6 +306,7 @@ class _Member:
     timeout: timedelta
     apart: bool = False
     mail: bool = False
+    savers: int = 1
 
     def groups(self, backend: str, device: torch.device) -> Groups:
         """Every group of this rank.
@@ -330,7 +335,7 @@ class _Member:
             made = Groups(
                 world=world,
                 statistics=group(("dp", "shard"), own=True),
-                checkpoint=self._group([everyone], for_saving, world, own=True),
+                checkpoint=self._group([everyone[: self.savers]], for_saving, world, own=True),
                 data=(data := group(("dp", "shard"))),
                 shard=group(("shard",)) if cut else data,
                 copies=group(("dp",)) if cut else Group(0, 1, None, counter, (self.rank,)),

@@ -10,13 +10,14 @@
 Between two ranks letters arrive in the order in which they were sent, those of a rank to itself
 included. `handle` is called in a thread of mail's, one for each source, and must not wait for other
 letters. A thread that fails (the other rank has gone) keeps its error in ``failure`` and calls
-``failed``. Each pair of ranks has a thread for each direction: nobody waits behind a slow rank but
-what is for that rank.
+``failed``; where the rank that has gone is one that may be lost, the others' letters go on, and
+``lost`` is called once all that it had sent was handled. Each pair of ranks has a thread for each
+direction: nobody waits behind a slow rank but what is for that rank.
 """
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import peer_failures
 from shoal.comm.groups import Group
+from shoal.errors import PeerLost
 
 NUMBERS = 10  # of a letter, at most
 _HEADER = NUMBERS + 2  # and its kind, and the size of its payload
@@ -51,7 +53,10 @@ _Queued = tuple[Tensor, Tensor | None]
 
 
 class Mail:
-    """One rank's post. ``dtype`` is that of all payloads, which lie in the host's memory."""
+    """One rank's post. ``dtype`` is that of all payloads, which lie in the host's memory.
+
+    ``may_lose``: ranks without which the others go on.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,9 @@ class Mail:
         dtype: torch.dtype,
         handle: Callable[[Letter], None],
         failed: Callable[[], None] = lambda: None,
+        *,
+        may_lose: Collection[int] = (),
+        lost: Callable[[int], None] = lambda _rank: None,
     ) -> None:
         self.failure: BaseException | None = None
         self.counter = Counter()
@@ -71,7 +79,10 @@ class Mail:
         works += [(self._receive, rank) for rank in others] + [
             (self._send, rank) for rank in others
         ]
+        self._may_lose, self._on_lost = frozenset(may_lose), lost
+        self._gone: set[int] = set()
         self._no_more = threading.Semaphore(0)
+        self._asks_no_more: set[int] = set()
         self._threads = [
             threading.Thread(target=self._guarded, args=work, name="shoal-mail", daemon=True)
             for work in works
@@ -90,6 +101,8 @@ class Mail:
         purpose: Purpose = "agreement",
     ) -> None:
         """Put a letter into the queue of the group's rank `to`. ``payload``: 1-d, contiguous."""
+        if to in self._gone:
+            return
         header = torch.zeros(_HEADER, dtype=torch.float64)
         size = -1 if payload is None else payload.numel()
         header[: len(numbers) + 2] = torch.tensor([kind, size, *numbers], dtype=torch.float64)
@@ -123,9 +136,28 @@ class Mail:
             with peer_failures():
                 work(rank)
         except BaseException as error:
+            if rank in self._may_lose and isinstance(error, PeerLost):
+                self._lose(rank, heard_all=work == self._receive)
+                return
             if self.failure is None:
                 self.failure = error
             self._no_more.release(self._group.size)  # nobody waits for what does not come
+            self._failed()
+
+    def _lose(self, rank: int, *, heard_all: bool) -> None:
+        """Go on without a rank; either of its two threads may be the first to know."""
+        self._gone.add(rank)
+        if not heard_all:
+            return
+        end = torch.zeros(_HEADER, dtype=torch.float64)
+        end[:2] = torch.tensor([_END, -1], dtype=torch.float64)
+        self._out[rank].put((end, None))  # it ends the thread that sends
+        if rank not in self._asks_no_more:
+            self._no_more.release()
+        try:
+            self._on_lost(rank)
+        except BaseException as error:
+            self.failure = self.failure or error
             self._failed()
 
     def _send(self, to: int) -> None:
@@ -166,6 +198,7 @@ class Mail:
     def _take(self, letter: Letter) -> bool:
         """Handle a letter; False for the last one of its source."""
         if letter.kind == _ASKS_NO_MORE:
+            self._asks_no_more.add(letter.source)
             self._no_more.release()
         elif letter.kind not in (_END, _STILL_HERE):
             self._handle(letter)

@@ -24,10 +24,20 @@ def workers_of(groups: Groups, way: Async) -> tuple[int, ...]:
     return tuple(range(way.servers, groups.world.size))
 
 
+def kept_by(rank: int, owners: tuple[int, ...], way: Async) -> tuple[int, ...]:
+    """Whose parts a rank keeps: its own, and with copies that of the owner before it."""
+    if rank not in owners:
+        return ()
+    place = owners.index(rank)
+    return (rank, owners[place - 1]) if way.copies else (rank,)
+
+
 def share_out(replica: "Replica | Any", groups: Groups, way: Async) -> dict[str, int]:
     """Deal the model's tensors to the owners; let the replica keep this rank's beside the model."""
     sizes = {name: each.numel() for name, each in kept_tensors(replica.model).items()}
-    owned = deal(sizes, len(owners_of(groups, way)))
-    mine = [name for name, owner in owned.items() if owner == groups.world.rank]
+    owners = owners_of(groups, way)
+    owned = deal(sizes, len(owners))
+    keeps = kept_by(groups.world.rank, owners, way)
+    mine = [name for name, owner in owned.items() if owner in keeps]
     replica.states = Owned(replica.model, mine)
     return owned

@@ -16,7 +16,8 @@ class Context:
 
     ``store`` says where the ranks meet: ``file:PATH`` or ``tcp:HOST:PORT``; ``generation`` is a
     prefix of keys there, so that the groups of two calls never mix. ``threads`` is this rank's
-    share of the processor's cores. ``send`` carries a JSON object to whoever watches.
+    share of the processor's cores. ``send`` carries a JSON object to whoever watches. ``spares``:
+    whether some ranks may die without an end to all, as whoever started them can start others.
     """
 
     rank: int
@@ -27,6 +28,7 @@ class Context:
     threads: int
     send: Send
     stop_requested: threading.Event = field(default_factory=threading.Event)
+    spares: bool = False
 
 
 def joined_context(

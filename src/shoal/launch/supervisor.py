@@ -6,13 +6,14 @@ killed, restarts the whole group and prints some 45 lines of error.
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,13 @@ class _Rank:
     def gone(self) -> bool:
         """Whether it can send no more. A child of its own may keep the pipe open after its end."""
         return not self.open or self.process.poll() is not None
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal has ended it; a moment after its pipe was closed that is known."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(GRACE_S) < 0
+        return False
 
     def last_words(self) -> dict[str, Any] | None:
         """Why it ended, in its own words; None where it left without a word, or in the middle."""
@@ -156,13 +164,15 @@ class Ranks:
         on_message: Callable[[int, Message], None] = lambda _rank, _message: None,
         on_signal: OnSignal = "end",
         signals: StopSignals | None = None,
+        spared: Callable[[int], bool] | None = None,
     ) -> list[Any]:
         """Run ``function(context, *arguments)`` on the first `ranks` ranks; their results in order.
 
         Results are JSON. ``on_message(rank, message)`` gets what ranks send meanwhile. With
         ``on_signal="pass on"`` the first SIGINT or SIGTERM reaches the ranks as SIGTERM, and they
         end in their own time; with "end" it ends them, by `Stopped`. A second one ends everything
-        at once. ``signals``: who hears them, if that is not this call alone.
+        at once. ``signals``: who hears them, if that is not this call alone. ``spared``: asked
+        whether a rank may be killed now and the others go on; its result is None then.
 
         Raises the first failing rank's own error, or `RankLost` if it left without a word.
         """
@@ -172,6 +182,7 @@ class Ranks:
             "world_size": len(members),
             "generation": f"call-{self._calls}",
             "threads": self.threads,
+            "spares": spared is not None,
         }
         task = _pack((place, function, arguments))
         with contextlib.ExitStack() as stack:
@@ -182,30 +193,44 @@ class Ranks:
                 rank.results.clear()
                 with contextlib.suppress(BrokenPipeError):  # it ended: _listen says why
                     _write(rank.task_fd, len(task).to_bytes(8, "little") + task)
-            self._listen(members, on_message)
-        return [rank.results[0] for rank in members]
+            self._listen(members, on_message, spared or (lambda _rank: False))
+        return [rank.results[0] if rank.results else None for rank in members]
 
     def _ask_to_stop(self, _number: int) -> None:
         for rank in self._ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(signal.SIGTERM)
 
-    def _listen(self, members: Sequence[_Rank], on_message: Callable[[int, Message], None]) -> None:
+    def _listen(
+        self,
+        members: Sequence[_Rank],
+        on_message: Callable[[int, Message], None],
+        spared: Callable[[int], bool],
+    ) -> None:
+        lost: set[int] = set()
+        leave_by = math.inf  # once nobody is waited for but spared ones
         with selectors.DefaultSelector() as selector:
             for rank in members:
                 selector.register(rank.report_fd, selectors.EVENT_READ, rank)
-            while any(not rank.results for rank in members):
+            while waiting := [r for r in members if not r.results and r.number not in lost]:
+                if all(spared(rank.number) for rank in waiting):
+                    leave_by = min(leave_by, time.monotonic() + GRACE_S)
+                    if time.monotonic() > leave_by:
+                        return
                 for key, _ in selector.select(POLL_S):
                     self._take(key.data, on_message)
                     if not key.data.open:
                         selector.unregister(key.fd)
-                for rank in members:
+                for rank in waiting:
                     if not rank.results and rank.gone:
                         # What it had sent before it left is still in its pipe.
                         while rank.open and _readable(selector, rank.report_fd):
                             self._take(rank, on_message)
-                        if not rank.results:
-                            raise self._first_failure(members)
+                        if rank.results:
+                            continue
+                        if not spared(rank.number) or rank.last_words() or not rank.killed:
+                            raise self._first_failure(members, lost)
+                        lost.add(rank.number)
 
     def _take(self, rank: _Rank, on_message: Callable[[int, Message], None]) -> None:
         for line in rank.lines():
@@ -214,8 +239,11 @@ class Ranks:
             else:
                 rank.results.append(line["result"])
 
-    def _first_failure(self, members: Sequence[_Rank]) -> ShoalError:
-        """Give the others a moment to say what they saw, end them, and choose the cause."""
+    def _first_failure(self, members: Sequence[_Rank], before: Collection[int]) -> ShoalError:
+        """Give the others a moment to say what they saw, end them, and choose the cause.
+
+        ``before``: ranks that were killed before, and could be spared.
+        """
         deadline = time.monotonic() + GRACE_S
         lost: dict[int, float] = {}
         while time.monotonic() < deadline:
@@ -233,7 +261,9 @@ class Ranks:
             words = rank.last_words()
             if words is not None:
                 error = ShoalError.from_json(words["error"])
-                failures.append((2 if words["secondary"] else 1, words["time"], error))
+                failures.append((3 if words["secondary"] else 1, words["time"], error))
+            elif rank.number in before:
+                failures.append((2, 0.0, _lost(rank)))
             elif rank.number in lost:
                 killed = rank.process.returncode == -signal.SIGKILL
                 failures.append((0 if killed else 1, lost[rank.number], _lost(rank)))

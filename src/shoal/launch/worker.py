@@ -84,6 +84,7 @@ def run_task(
         threads=place["threads"],
         send=lambda message: send({"message": message}),
         stop_requested=stop_requested,
+        spares=place["spares"],
     )
     return function(context, *values)
 

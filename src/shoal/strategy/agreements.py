@@ -108,7 +108,8 @@ class Async(Agreement):
     ``servers``: ranks that hold parameters and do not train, 0 for parameters sharded over the
     workers. ``compensate``: λ of delay compensation (Zheng et al. 2017, eq. 10), 0 for none.
     ``damp``: p of the staleness-scaled learning rate, lr · mean of (1 + staleness)^-p (p = 1: the
-    rule of Zhang et al. 2016, arXiv 1511.05950), 0 for none.
+    rule of Zhang et al. 2016, arXiv 1511.05950), 0 for none. ``copies``: of each owner's part on
+    another owner.
     """
 
     name: ClassVar[str] = "async"
@@ -117,6 +118,16 @@ class Async(Agreement):
     servers: int = _key(Whole(0, "servers, the ranks that hold parameters", "servers={}"), 0)
     compensate: float = _key(Real(0, inf, "compensate, its λ", "compensate={}"), 0.0)
     damp: float = _key(Real(0, inf, "damp, the power p", "damp={}"), 0.0)
+    copies: int = _key(Whole(0, "copies, of each owner's part (0 or 1)", "copies={}"), 0)
+
+    def expendable(self, world_size: int) -> tuple[int, ...]:
+        """The ranks that hold nothing that the others have not: workers, where servers own all.
+
+        With copies any but rank 0, which hands out the claims.
+        """
+        if self.copies:
+            return tuple(range(1, world_size))
+        return tuple(range(self.servers, world_size)) if self.servers else ()
 
 
 @dataclass(frozen=True)

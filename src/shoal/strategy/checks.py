@@ -113,11 +113,21 @@ def _servers(strategy: Strategy) -> Refused | None:
             hint=f"Nearest that works: sync, or {replace(agreement, staleness=1)}.",
         )
     if agreement.servers == 0 or agreement.servers < replicas:
-        return None
+        return _copies(agreement, agreement.servers or replicas)
     near = f"servers={replicas - 1}" if replicas > 1 else "leave servers out"
     return Refused(
         f"servers={agreement.servers} leaves no worker of dp{replicas}",
         hint=f"Nearest that works: {near}.",
+    )
+
+
+def _copies(agreement: Async, owners: int) -> Refused | None:
+    if agreement.copies <= min(1, owners - 1):
+        return None
+    few = "a copy lies on another owner, and there is one" if owners == 1 else "one copy is all"
+    return Refused(
+        f"copies={agreement.copies} with {owners} owners of parameters: {few}",
+        hint=f"Nearest that works: {replace(agreement, copies=min(1, owners - 1))}.",
     )
 
 

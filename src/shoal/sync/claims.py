@@ -116,6 +116,11 @@ class Claims:
             self._attempts[claim.key] = claim.attempt + 1
             heapq.heappush(self._pool, claim.key)
 
+    def reopen(self, claim: Claim) -> None:
+        """Return to the pool what was done and counted, and has got lost on its way."""
+        self._attempts[claim.key] = claim.attempt + 1
+        heapq.heappush(self._pool, claim.key)
+
     def advance(self, version: int) -> None:
         """A newer version is there: all contributions of the steps before it were applied."""
         self.version = version

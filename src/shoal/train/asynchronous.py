@@ -28,8 +28,13 @@ def crew_of(
     run: Run,
     replay: str | None,
     send: Callable[[dict[str, Any]], None],
+    *,
+    spares: bool = False,
 ) -> Crew | None:
-    """This rank's part of an asynchronous run; None for other strategies. Collective."""
+    """This rank's part of an asynchronous run; None for other strategies. Collective.
+
+    ``spares``: whether ranks may die that the others go on without (see `Plan`).
+    """
     if not isinstance(way, Async) or job.owned is None:
         if replay is not None:
             raise Refused(
@@ -46,10 +51,13 @@ def crew_of(
         each = len(workers_of(job.groups, way))
         past = by_contribution(read_lines(Path(replay)), Path(replay), each, way.staleness)
     ledger = _ledger(run, send) if job.groups.world.rank == 0 else None
-    return Crew(job, way, plan_of(recipe, job.workload.feed.steps_per_epoch, past), ledger)
+    plan = plan_of(recipe, job.workload.feed.steps_per_epoch, past, spares=spares)
+    return Crew(job, way, plan, ledger)
 
 
-def plan_of(recipe: Recipe, steps_per_epoch: int, past: Any = None) -> Plan:
+def plan_of(
+    recipe: Recipe, steps_per_epoch: int, past: Any = None, *, spares: bool = False
+) -> Plan:
     """When the model is evaluated and saved: by steps, known beforehand; or by the clock."""
     durations = (recipe.evaluate.every, recipe.checkpoint.every)
     steps = [each.steps(steps_per_epoch) for each in durations]
@@ -59,7 +67,7 @@ def plan_of(recipe: Recipe, steps_per_epoch: int, past: Any = None) -> Plan:
     def boundary_after(step: int) -> int:
         return min(((step // each + 1) * each for each in known), default=1 << 60)
 
-    return Plan(boundary_after, min(seconds, default=None), past)
+    return Plan(boundary_after, min(seconds, default=None), past, spares)
 
 
 def _ledger(run: Run, send: Callable[[dict[str, Any]], None]) -> Ledger:

@@ -21,9 +21,12 @@ class BadExamples:
         self._named: set[str] = set()
 
     def trained(self, step: int, result: StepResult) -> None:
-        """Take in the step that made `step` steps done. Collective where it had bad examples."""
-        if result.flags.bad_examples > 0:
-            self.count += int(result.flags.bad_examples)
+        """Take in the step that made `step` steps done. Collective where it had bad examples.
+
+        Where a worker has died they are counted and not named.
+        """
+        self.count += int(result.flags.bad_examples)
+        if result.flags.bad_examples > 0 and not result.lost:
             self._name_all(step, result.bad, "training")
 
     def evaluated(self, step: int, bad: Sequence[Any]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shoal.checkpoint import Background, Copies, SavedCheckpoint, Snapshot, prune, save
+from shoal.checkpoint.meeting import Meeting
 from shoal.comm import Group
 from shoal.recipe import Recipe
 from shoal.run import Run
@@ -68,15 +69,19 @@ class Committer:
 
         ``state`` is the loop's. The save before this one is waited for. Replicas whose weights
         differ are found by the save: it compares every piece's checksum. Once the checkpoint is
-        there, what need not be kept is removed. Raises `NotFinite`, and what :meth:`wait` raises.
+        there, what need not be kept is removed. A rank that owns nothing has no part in it. Raises
+        `NotFinite`, and what :meth:`wait` raises.
         """
+        if not self._team.saves:
+            return
         self.wait()
         for held, never in zip(self._team.holdings, self._never_finite, strict=True):
             require_finite(held, step, never)
         fingerprint = self._recipe.fingerprint
         snapshot = self._copies.take(self._team.snapshot(step, fingerprint, self._strategy, state))
         best = (convergence.best_step,) if convergence.best is not None else ()
-        self._background.start(lambda: self._save(snapshot, best))
+        meeting = self._team.meeting() or self._meeting
+        self._background.start(lambda: self._save(snapshot, best, meeting))
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one. Raises what `checkpoint.save` raises.
@@ -90,9 +95,9 @@ class Committer:
         with contextlib.suppress(Exception):
             self.wait()
 
-    def _save(self, snapshot: Snapshot, best: tuple[int, ...]) -> SavedCheckpoint:
+    def _save(self, snapshot: Snapshot, best: tuple[int, ...], meeting: Meeting) -> SavedCheckpoint:
         folder, keep = self._run.checkpoints_path, self._recipe.checkpoint.keep
-        saved = save(folder, snapshot, self._meeting, lambda: prune(folder, keep, also=best))
+        saved = save(folder, snapshot, meeting, lambda: prune(folder, keep, also=best))
         self._send(
             {
                 "kind": "checkpoint",

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shoal.checkpoint.meeting import Meeting
 from shoal.comm import Pending
 from shoal.errors import NotFinite
 from shoal.job import Job, ReplicaFeed, local_batch
-from shoal.job.owning import owners_of, workers_of
+from shoal.job.owning import kept_by, owners_of, workers_of
 from shoal.strategy import Async
 from shoal.sync.asynchronous import (
     Course,
@@ -43,11 +44,16 @@ from shoal.train.times import Split, StepTimes
 
 @dataclass(frozen=True)
 class Plan:
-    """When the loop's meetings are, and the ledger to follow, if a run is replayed."""
+    """When the loop's meetings are, and the ledger to follow, if a run is replayed.
+
+    ``spares``: whether somebody is there to start a new generation of ranks, so that the others go
+    on where one dies that holds nothing that is nowhere else.
+    """
 
     boundary_after: Callable[[int], int]
     every_s: float | None = None
     past: Mapping[tuple[int, int], Mapping[str, Any]] | None = None
+    spares: bool = False
 
 
 class Crew:
@@ -69,7 +75,10 @@ class Crew:
             boundary_after=plan.boundary_after,
             every_s=plan.every_s,
             past=plan.past,
+            expendable=way.expendable(groups.world.size) if plan.spares else (),
         )
+        self._owners = course.owners
+        self.saves = groups.world.rank in course.owners  # whether it has anything to save
         unit = work.normalize_over or 1
         self._feeds = [
             ReplicaFeed(work.feed, index, len(workers), unit) for index in range(len(workers))
@@ -85,16 +94,24 @@ class Crew:
         model, held = kept_tensors(job.replica.model), kept_tensors(job.replica.holding)
         dtype = dtype_of(job.replica.model)
         assert job.owned is not None  # dealt out by `assemble`
-        parts = {}
-        for owner in course.owners:
-            names = [name for name in model if job.owned[name] == owner]
-            parts[owner] = Part({name: model[name] for name in names}, dtype)
+        parts, owned, owners = {}, job.owned, tuple(course.owners)
+        names = {
+            owner: [name for name in model if owned[name] in kept_by(owner, owners, way)]
+            for owner in owners
+        }
+        for owner in owners:
+            parts[owner] = Part({name: model[name] for name in names[owner]}, dtype)
         shard, clip = None, job.workload.clip_norm
-        if rank in course.owners:
-            mine = Part({name: held[name] for name in model if job.owned[name] == rank}, dtype)
-            rules = Rules(course.each, course.bound, way.compensate, way.damp, clip)
+        if rank in owners:
+            mine = Part({name: held[name] for name in names[rank]}, dtype)
+            of = [owned[name] for name in names[rank] if isinstance(held[name], nn.Parameter)]
+            rules = Rules(
+                course.each, course.bound, way.compensate, way.damp, clip, of if way.copies else ()
+            )
             shard = Shard(mine, job.optimizer, job.set_learning_rate, rules, course.first)
-        return Place(parts, shard, clip is not None)
+        # So that none has applied what another will never get, as its worker has died.
+        meets = len(owners) > 1 and bool(course.expendable)
+        return Place(parts, shard, meets or clip is not None)
 
     def step(self, step: int, flags: Flags, times: StepTimes | None = None) -> StepResult:
         """Work until all of step `step` was applied. As `train_step`, but nobody waits for others.
@@ -130,6 +147,8 @@ class Crew:
         self._begins, self._version = record.is_boundary, record.step + 1
         if record.is_boundary:
             self._stop_told = self._failure_told = False
+        if record.lost:
+            self.member.hear_of(record.lost)
         if record.culprit >= 0:
             raise _nothing_finite(record)
         bad: list[Any] = []
@@ -138,7 +157,7 @@ class Crew:
         loss = record.loss / record.count if record.count else 0.0
         flags = Flags(record.stop, record.seconds, record.bad_examples, record.save_failed)
         rate = self._job.learning_rate(record.step)
-        return StepResult(loss, record.count, rate, flags, bad)
+        return StepResult(loss, record.count, rate, flags, bad, lost=record.lost > 0)
 
     def _work(self, grant: Grant, split: Split) -> None:
         """Compute a contribution, and send it on its way."""
@@ -180,6 +199,15 @@ class Crew:
         """At a boundary: let the model have the version that is there. Collective."""
         self.member.load(self._version)
 
+    def meeting(self) -> Meeting | None:
+        """How owners meet to save, where one of them has died."""
+        has_lost_owner = any(owner in self.member.lost for owner in self._owners)
+        return _OwnersLeft(self.member) if has_lost_owner else None
+
+    def survives(self) -> bool:
+        """Whether the others go on where a connection has broken: it was to a spare worker."""
+        return self.member.survives()
+
     def close(self) -> None:
         """Leave, at the last boundary. Collective."""
         self.member.close()
@@ -194,6 +222,18 @@ class Crew:
         if coordinator is None:
             return {}
         return {"refused": coordinator.refused, "taken_back": coordinator.taken_back}
+
+
+class _OwnersLeft:
+    """The owners that are left, as a checkpoint's meeting."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._among = member.owners_left
+        self.rank, self.size = self._among.index(member.rank), len(self._among)
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return self._member.meet(value, self._among)
 
 
 def _finite_gradient(job: Job) -> bool:

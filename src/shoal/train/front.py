@@ -22,7 +22,7 @@ from shoal.job import Remembered, Resolved, as_begun, resolve, settled, tried_of
 from shoal.launch import Ranks, stop_signals_heard
 from shoal.recipe import Recipe
 from shoal.run import Run
-from shoal.strategy import Strategy
+from shoal.strategy import Async, Strategy
 from shoal.train.ahead import Begun, begun
 from shoal.train.document import known
 from shoal.train.ended import Ended, after_start
@@ -104,6 +104,10 @@ class _Front:
         self._start_message: dict[str, Any] = {}
         self._stop_told = False
         self._ranks_started = False
+        way, size = resolved.strategy.agreement, resolved.strategy.world_size
+        self._expendable = way.expendable(size) if isinstance(way, Async) else ()
+        self._ranks_met = False  # they are past their start, where all are needed
+        self._rejoins: list[dict[str, Any]] = []  # what is told of it once the ranks are there
 
     def train(self, cluster: Cluster) -> Ended:
         """The run from its first file to its report."""
@@ -130,18 +134,41 @@ class _Front:
 
     def _supervise(self, trials: Remembered) -> dict[str, Any]:
         """Run the ranks to the end; the policy on a rank's death: end, or start again."""
-        restarts, resume = 0, self._options.resume
+        restarts, resume, saved = 0, self._options.resume, self._newest()
         while True:
             try:
-                return self._run_ranks(resume, trials)
+                summary = self._run_ranks(resume, trials)
+                if summary["state"] != "rejoin":
+                    return summary
+                if self._signals.heard:
+                    return {**summary, "state": "stopped", "reason": "asked to stop by a signal"}
+                resume = True
+                self._rejoin(summary["steps"])
             except RankLost as error:
-                if restarts == self._options.max_restarts or self._signals.heard:
+                spare = error.rank in self._expendable and self._newest() > saved
+                if self._signals.heard or (restarts == self._options.max_restarts and not spare):
                     raise
-                restarts, resume = restarts + 1, True
+                restarts, resume, saved = restarts + (not spare), True, self._newest()
                 who = f"{error.where}: " if error.where else ""
                 message = f"{who}{error.message}; starting again from the newest checkpoint"
                 self._run.log_event("recovery", message, error.rank)
                 self._show({"kind": "event", "event": "recovery", "message": message})
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint; -1 without one."""
+        found = (each.name for each in self._run.checkpoints_path.glob("step-*"))
+        return max((int(name.removeprefix("step-")) for name in found), default=-1)
+
+    def _rejoin(self, step: int) -> None:
+        """A worker has died, and the others have saved what there is: start all ranks anew."""
+        lost: list[dict[str, Any]] = []
+        for event in self._run.events():
+            lost = [] if event["event"] == "rejoined" else lost
+            lost += [event] if event["event"] == "lost" else []
+        for event in lost:
+            message = f"it had died at step {event['step']}, and rejoins at step {step}"
+            told = {"kind": "event", "event": "rejoined", "rank": event["rank"]}
+            self._rejoins.append({**told, "message": message, "step": step})
 
     def _run_ranks(self, resume: bool, trials: Remembered) -> dict[str, Any]:
         task = {
@@ -153,7 +180,7 @@ class _Front:
             "transport": self._options.transport,
             "replay": replayed(self._options),
         }
-        self._ranks_started = True
+        self._ranks_started, self._ranks_met = True, False
         with self._ahead.take(self._resolved.strategy.world_size, self._resolved.threads) as ranks:
             if self._resolved.tries:
                 self._settle(ranks, task, trials)
@@ -163,6 +190,7 @@ class _Front:
                 on_message=lambda _rank, message: self._hear(message),
                 on_signal="pass on",
                 signals=self._signals,
+                spared=self._spared if self._expendable else None,
             )
         summary: dict[str, Any] = results[0]
         return summary
@@ -186,12 +214,23 @@ class _Front:
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "start":
             self._start_message = message
+            self._ranks_met = True
+            self._tell_of_rejoining()
         if self._signals.heard and not self._stop_told:
             self._stop_told = True
             name = signal.Signals(self._signals.heard[0]).name
             text = f"{name}: saving, then stopping (a second signal ends the run at once)"
             self._show({"kind": "event", "event": "signal", "message": text})
         self._show(message)
+
+    def _spared(self, rank: int) -> bool:
+        return self._ranks_met and rank in self._expendable
+
+    def _tell_of_rejoining(self) -> None:
+        rejoins, self._rejoins = self._rejoins, []
+        for told in rejoins:
+            self._run.log_event("rejoined", told["message"], told["rank"], told["step"])
+            self._show(told)
 
     def _warn(self, message: str | None) -> None:
         if message is not None:

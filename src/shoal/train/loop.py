@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.errors import PeerLost
 from shoal.recipe import Recipe
 from shoal.run import Run
 from shoal.train.bad_examples import BadExamples
@@ -23,11 +24,16 @@ SHOWN_EVERY_S = 0.25  # as often as the bar is drawn
 
 @dataclass
 class Outcome:
-    """How the loop ended."""
+    """How the loop ended.
 
-    state: str  # "done" or "stopped"
+    ``state``: "done", "stopped", or "rejoin": a worker has died, and a new generation of ranks is
+    to go on from the checkpoint. ``alone``: whether ranks are missing, so that none can be asked.
+    """
+
+    state: str
     reason: str
     steps: int
+    alone: bool = False
 
 
 class Loop:
@@ -64,6 +70,7 @@ class Loop:
         self._shown = 0.0
         self._since: tuple[float, float] = (0.0, 0.0)
         self._reason: str | None = None  # why the run ends before all steps are done
+        self._owes = False  # an evaluation was due that has not been made
 
     @property
     def elapsed(self) -> float:
@@ -81,6 +88,7 @@ class Loop:
         self.bad_examples.count = int(train.get("bad_examples", 0))
         # A run that was killed after its last checkpoint has nothing left but its end.
         self._reason = train.get("reason")
+        self._owes = bool(train.get("owes_evaluation"))
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds of the loop; rank 0's is written."""
@@ -92,6 +100,7 @@ class Loop:
             **({"members": self.members} if self.members else {}),
             "bad_examples": self.bad_examples.count,
             "reason": self._reason,
+            **({"owes_evaluation": True} if self._owes else {}),
         }
 
     def run_to_end(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -112,6 +121,8 @@ class Loop:
 
     def _train(self, stop_requested: Callable[[], bool]) -> Outcome:
         step, stopping = self.job.next_step, False
+        if self._owes:
+            self._catch_up(step)
         # Asked to stop before the first step: the ranks agree in a step, so do that one.
         while step < self.total and not stopping and self._reason is None:
             result = self.team.step(step, self._flags(stop_requested()), self.times)
@@ -119,10 +130,47 @@ class Loop:
             self.watch.lap("step")
             stopping = result.flags.stop > 0
             with located(self.job.groups.world.rank, step):
-                self._after(step, result, stopping)
+                if result.lost or not self._went_well(step, result, stopping):
+                    return self._leave(step, result, stopping)
         if stopping and step < self.total and self._reason is None:
             return Outcome("stopped", "asked to stop by a signal", step)
         return Outcome("done", self._reason or "all steps done", step)
+
+    def _went_well(self, step: int, result: StepResult, stopping: bool) -> bool:
+        """Do what follows a step; False where a worker has died meanwhile that is not needed."""
+        try:
+            self._after(step, result, stopping)
+        except PeerLost:
+            if not self.team.survives():
+                raise
+            return False
+        return True
+
+    def _leave(self, step: int, result: StepResult, stopping: bool) -> Outcome:
+        """Save what there is after `step` steps, without those that have died.
+
+        What takes all ranks, an evaluation, is owed: whoever goes on from here makes it first.
+        """
+        if result.lost:
+            self.bad_examples.trained(step, result)
+            self._note(step, result)
+        due = step == self.total or self._evaluate_every.due(step, result.flags.seconds)
+        self._owes = self._owes or due
+        if self._owes and self.job.workload.evaluation is None:
+            self._evaluate(step, result.flags.seconds, result.loss)
+        self.committer.settle()  # one in flight may have been with a rank that has died
+        self.committer.commit(step, self.convergence, self._state())
+        if stopping and step < self.total:
+            return Outcome("stopped", "asked to stop by a signal", step, alone=True)
+        return Outcome("rejoin", "a worker has died", step, alone=True)
+
+    def _catch_up(self, step: int) -> None:
+        """Make the evaluation that was due after `step` steps, when a worker had died."""
+        with located(self.job.groups.world.rank, step):
+            seconds = self._evaluate_every.last_seconds  # the checkpoint's: all have the same
+            self._evaluate(step, seconds, math.nan)
+            self._reason = self._exhausted(step, seconds)
+            self.committer.commit(step, self.convergence, self._state())
 
     def _after(self, step: int, result: StepResult, stopping: bool) -> None:
         """After `step` steps: log, evaluate and commit, as far as each is due."""
@@ -133,14 +181,15 @@ class Loop:
         self._note(step, result)
         best = False
         if last or self._evaluate_every.due(step, seconds):
-            best = self._evaluate(step, seconds, result)
-            self._reason = self.convergence.exhausted(
-                step, seconds, self.recipe.stop, self._steps_per_epoch
-            )
+            best = self._evaluate(step, seconds, result.loss)
+            self._reason = self._exhausted(step, seconds)
         ends = last or stopping or self._reason is not None
         if self._checkpoint_every.due(step, seconds) or best or ends:
             self.committer.commit(step, self.convergence, self._state())
             self.watch.lap("checkpoint")
+
+    def _exhausted(self, step: int, seconds: float) -> str | None:
+        return self.convergence.exhausted(step, seconds, self.recipe.stop, self._steps_per_epoch)
 
     def _flags(self, stop: bool) -> Flags:
         return Flags(
@@ -149,14 +198,16 @@ class Loop:
             save_failed=float(self.committer.failed),
         )
 
-    def _evaluate(self, step: int, seconds: float, result: StepResult) -> bool:
+    def _evaluate(self, step: int, seconds: float, loss: float) -> bool:
         """Evaluate after `step` steps; whether it is the best so far."""
         if self.job.workload.evaluation is None:
-            self.metrics = {"loss": result.loss}
+            self.metrics, self._owes = {"loss": loss}, False
             return False
+        self._owes = True
         evaluation = self.team.evaluate()
-        self.metrics, self.members = evaluation.metrics, list(evaluation.members)
         self.bad_examples.evaluated(step, evaluation.bad)
+        self._owes = False
+        self.metrics, self.members = evaluation.metrics, list(evaluation.members)
         self.watch.lap("evaluation")
         place = self._place(step)
         if self.is_first:

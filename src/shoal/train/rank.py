@@ -56,6 +56,7 @@ def train_on_rank(
     if strategy.saves_memory:
         allocator.give_back()
     device = device_of(task.device, context.local_rank)
+    way = strategy.agreement
     groups = Groups.form(
         context.rank,
         context.world_size,
@@ -64,8 +65,9 @@ def train_on_rank(
         device,
         axes=strategy.axes,
         shards=strategy.shards,
-        apart=strategy.agreement.apart or isinstance(strategy.agreement, Async),
-        mail=isinstance(strategy.agreement, Async),
+        apart=way.apart or isinstance(way, Async),
+        mail=isinstance(way, Async),
+        savers=(way.servers or None) if isinstance(way, Async) else None,
         transport=cast(Transport, task.transport),
     )
     if groups.world.rank == 0 and groups.reason is not None:
@@ -76,9 +78,10 @@ def train_on_rank(
         folder = _shared_folder(groups, open_folder) if task.run is None else Path(task.run)
         run = Run.open(folder)
         opened(run)
-        summary = _train(context, task, groups, run, watch)
-    # Not after an error: the others may never answer.
-    groups.close()
+        summary, alone = _train(context, task, groups, run, watch)
+    # Not after an error, or where ranks are missing: they never answer.
+    if not alone:
+        groups.close()
     return summary
 
 
@@ -98,7 +101,8 @@ def _shared_folder(groups: Groups, open_folder: Callable[[], Path] | None) -> Pa
 
 def _train(
     context: Context, task: Task, groups: Groups, run: Run, watch: Stopwatch
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bool]:
+    """This rank's part of the summary; and whether ranks are missing at the end."""
     recipe, strategy = Recipe.from_dict(task.recipe), Strategy.parse(task.strategy)
     memory = PeakMemory(groups.device)
     state = _find_state(groups, run, context.send) if task.resume else None
@@ -129,7 +133,8 @@ def _train(
             run.log_event("warning", message)
             context.send({"kind": "event", "event": "warning", "message": message})
         tell(split_of(job), run, context.send)
-    crew = crew_of(job, strategy.agreement, recipe, run, task.replay, context.send)
+    way = strategy.agreement
+    crew = crew_of(job, way, recipe, run, task.replay, context.send, spares=context.spares)
     team = replace(team, crew=crew)
     loop = Loop(team, recipe, run, str(strategy), context.send, watch)
     if state is not None:
@@ -141,9 +146,10 @@ def _train(
             run.cut_after(job.next_step)
         context.send(_start_message(job, recipe, strategy, resumed=state is not None))
     outcome = loop.run_to_end(context.stop_requested.is_set)
-    team.close()
+    if not outcome.alone:
+        team.close()
     summary = _summary(job, loop, outcome, memory, state)
-    return summary | staleness_of(run, strategy.agreement, crew)
+    return summary | staleness_of(run, way, crew), outcome.alone
 
 
 def device_of(kind: str, local_rank: int) -> torch.device:
@@ -247,9 +253,12 @@ def _start_message(
 def _summary(
     job: Job, loop: Loop, outcome: Outcome, memory: PeakMemory, state: Checkpoint | None
 ) -> dict[str, Any]:
-    """The run's summary, on every rank alike (its own peak and bytes gathered from all)."""
-    own = {"peak": memory.bytes(), "bytes": job.groups.world.counter.as_dict()}
-    everywhere = job.groups.world.all_gather_json(own, "metric")
+    """The run's summary, on every rank alike (its own peak and bytes gathered from all).
+
+    Where ranks are missing it is each rank's own.
+    """
+    own: dict[str, Any] = {"peak": memory.bytes(), "bytes": job.groups.world.counter.as_dict()}
+    everywhere = [own] if outcome.alone else job.groups.world.all_gather_json(own, "metric")
     trained = job.workload.samples_before(outcome.steps)
     first = job.workload.samples_before(job.next_step)
     seconds = loop.watch.seconds

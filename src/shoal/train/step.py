@@ -43,7 +43,8 @@ class Flags:
 class StepResult:
     """What a step was: the global batch's loss (a mean), its count, the rate, the shared flags.
 
-    ``bad``: the examples that this rank could not read and has left out.
+    ``bad``: the examples that this rank could not read and has left out. ``lost``: whether a worker
+    has died that the others go on without, up to here.
     """
 
     loss: float
@@ -51,6 +52,7 @@ class StepResult:
     learning_rate: float
     flags: Flags
     bad: Sequence[Any] = ()
+    lost: bool = False
 
 
 def train_step(job: Job, step: int, flags: Flags, times: StepTimes | None = None) -> StepResult:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from shoal.checkpoint import Checkpoint, Snapshot, replicas
+from shoal.checkpoint.meeting import Meeting
 from shoal.comm import Groups
 from shoal.data import Member, MemberFeed
 from shoal.errors import Refused
@@ -111,6 +112,19 @@ class Team:
             found = evaluate(self.job)
         replica.updated()
         return found
+
+    @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in checkpoints."""
+        return self.crew is None or self.crew.saves
+
+    def meeting(self) -> Meeting | None:
+        """How those meet that save, where it is not as always: one of them has died."""
+        return None if self.crew is None else self.crew.meeting()
+
+    def survives(self) -> bool:
+        """Whether those that are left can save what there is, after a connection has broken."""
+        return self.crew is not None and self.crew.survives()
 
     def close(self) -> None:
         """After the last step: end what went on beside it. Collective."""

@@ -36,7 +36,7 @@ class Ranks:
         self.busy: dict[int, Sequence[float]] = {}
         self.at = dict.fromkeys(range(ranks), self.course.first)
         self.version = dict.fromkeys(range(ranks), self.course.first)
-        self.accepted: dict[int, int] = {}
+        self.accepted: dict[tuple[int, int], int] = {}  # by owner and step
         self.rest_at: list[int] = []
         self.coordinator = Coordinator(
             self.course,
@@ -52,7 +52,9 @@ class Ranks:
         able: list[tuple[str, int]] = [("read", r) for r, box in self.letters.items() if box]
         able += [("finish", rank) for rank in self.busy]
         able += [
-            ("apply", r) for r, v in self.version.items() if self.accepted.get(v) == len(self.at)
+            ("apply", r)
+            for r, v in self.version.items()
+            if self.accepted.get((r, v)) == len(self.at)
         ]
         if not able:
             return False
@@ -76,7 +78,8 @@ class Ranks:
             assert rank not in self.busy
             self.busy[rank] = numbers
         elif kind is Kind.ACCEPT:
-            self.accepted[int(numbers[0])] = self.accepted.get(int(numbers[0]), 0) + 1
+            key = rank, int(numbers[0])
+            self.accepted[key] = self.accepted.get(key, 0) + 1
         elif kind is Kind.RECORD:
             self._record(rank, Record.of(tuple(numbers)), stop)
 
@@ -165,6 +168,7 @@ def test_a_claim_that_nothing_is_heard_of_goes_to_another_and_counts_once() -> N
     assert again is not None
     assert list(again) == [held[0], held[1], held[2] + 1]
     finish(1, held)
-    assert answers[1][0][0] is Kind.DISCARD
+    assert answers[0][0][0] is Kind.DISCARD  # its owner is told
+    answers[0].clear()
     finish(0, again)
     assert answers[0][0][0] is Kind.ACCEPT

@@ -32,11 +32,12 @@ share = st.floats(0, 1)
 
 def agreements(replicas: int) -> st.SearchStrategy[Agreement]:
     servers = st.integers(0, replicas - 1)
+    non_negative = st.floats(0, 1e9)
+    copies = st.integers(0, 1) if replicas > 1 else st.just(0)
     return st.one_of(
         st.just(Sync()),
-        st.builds(
-            Async, whole, servers=servers, compensate=st.floats(0, 1e9), damp=st.floats(0, 1e9)
-        ),
+        st.builds(Async, whole, servers=servers, compensate=non_negative, damp=non_negative),
+        st.builds(Async, whole, servers=st.just(0), copies=copies),
         st.builds(Local, whole, after=whole, state=st.sampled_from(["own", "average"])),
         st.builds(
             DiLoCo,

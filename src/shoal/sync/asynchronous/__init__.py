@@ -10,8 +10,9 @@ member = Member(groups.mail, course, Place(parts, shard), Ledger(…))
 
 from shoal.sync.asynchronous.coordinator import Coordinator, Course
 from shoal.sync.asynchronous.letters import Finished, Record
-from shoal.sync.asynchronous.member import Grant, Ledger, Member, Place
+from shoal.sync.asynchronous.member import Member
 from shoal.sync.asynchronous.parts import Part, deal, dtype_of, kept_tensors
+from shoal.sync.asynchronous.roles import Grant, Ledger, Place
 from shoal.sync.asynchronous.shard import Piece, Rules, Shard
 
 __all__ = [

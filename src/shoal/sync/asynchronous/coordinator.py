@@ -7,17 +7,22 @@ there: where the model is evaluated or saved, and, soon after a rank asks for it
 Between two boundaries ranks do not wait for one another but for the bound. At one everything is at
 rest: all contributions of earlier steps were applied, and none of a later one is begun.
 
+A worker that owns nothing may die: what it held returns to the pool, what it had finished and may
+not have sent is recalled from the owners, and the others go on to the next boundary, whose record
+says so.
+
 No threads, no clock of its own: `Member` calls it under a lock, and says what time it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.errors import PeerLost
 from shoal.sync.asynchronous.letters import Finished, Kind, Record
 from shoal.sync.claims import Claim, Claims
 
-PATIENCE_S = 10.0  # a claim that is held for longer, and for long beside others, is taken back
+PATIENCE_S = 3.0  # a claim that is held for longer, and for long beside others, is taken back
 PATIENCE_TIMES = 10.0
 
 
@@ -27,7 +32,7 @@ class Course:
 
     ``boundary_after(step)``: the next one that is planned; ``every_s``: seconds after which there
     is one at the latest, where something is due by the clock. ``past``: the ledger that the run
-    follows, by (step, index), for a replay.
+    follows, by (step, index), for a replay. ``expendable``: ranks without which the others go on.
     """
 
     first: int
@@ -40,6 +45,7 @@ class Course:
     boundary_after: Callable[[int], int]
     every_s: float | None = None
     past: Mapping[tuple[int, int], Mapping[str, Any]] | None = None
+    expendable: Collection[int] = ()
 
 
 @dataclass
@@ -75,6 +81,9 @@ class Coordinator:
         self._since: dict[tuple[int, int], float] = {}
         self._longest = 0.0
         self._steps: dict[int, Told] = {}
+        self._overdue: dict[int, Claim] = {}  # by worker: taken back, and nothing heard since
+        self._lost: set[int] = set()
+        self._recalled: dict[tuple[int, int], dict[int, bool]] = {}  # by owner: does it lack it?
         self._stop = self._failed = self._bad = 0.0
         self._seconds_told: float | None = None  # rank 0's clock at the last boundary
         self.seconds = 0.0  # rank 0's clock, set by whoever calls
@@ -88,11 +97,22 @@ class Coordinator:
             self._seconds_told = self.seconds
         self._at[rank] = max(self._at[rank], int(step))
         self._stop, self._failed = max(self._stop, stop), max(self._failed, failed)
+        self._woke(rank)
         self._ask(rank)
+        self._open_boundary()
+        self.dispatch()
+
+    def _open_boundary(self) -> None:
+        """Let the next steps begin, once all ranks' loops have come to the boundary."""
         limit = self.claims.limit
         if limit is not None and all(at >= limit for at in self._at.values()):
             self.claims.limit = min(self._course.total, self._course.boundary_after(limit))
-        self.dispatch()
+
+    def _woke(self, rank: int) -> None:
+        """A worker whose claim was taken back is heard of again."""
+        claim = self._overdue.pop(rank, None)
+        if claim is not None:
+            self._tell("discarded", "its claim was taken back meanwhile", rank, claim.step)
 
     def _ask(self, rank: int) -> None:
         holds = any(claim.worker == rank for claim in self.claims.held.values())
@@ -105,7 +125,7 @@ class Coordinator:
         answer = told.step, told.index, told.attempt
         mine = claim is not None and (claim.worker, claim.attempt) == (rank, told.attempt)
         if claim is None or not mine or not self.claims.finish(claim):
-            self._tell("discarded", "its claim was taken back meanwhile", rank, told.step)
+            self._woke(rank)
             self._send_owners(Kind.DISCARD, answer)
         else:
             self._longest = max(self._longest, self.seconds - self._since.pop(claim.key))
@@ -126,19 +146,24 @@ class Coordinator:
     def applied(self, owner: int, version: int) -> None:
         """An owner has a new version; once all have it, it is there for everybody."""
         self._applied[owner] = version
+        self._advance()
+        self.dispatch()
+
+    def _advance(self) -> None:
         there = min(self._applied.values())
         while self.claims.version < there:
             step = self.claims.version
             self.claims.advance(step + 1)
             self._bring_limit()
             self._publish(step)
-        self.dispatch()
 
     def _bring_limit(self) -> None:
         """The next boundary is as near as can be, where a rank waits for one."""
         every, claims = self._course.every_s, self.claims
         due = every is not None and self.seconds - (self._seconds_told or 0.0) >= every
-        if self._stop or self._failed or due:
+        # Another owner's death might be one too many.
+        alone = len(self._applied) < len(self._course.owners)
+        if self._stop or self._failed or due or alone:
             # Of what is claimed already, and of the step that all know of, it is too late.
             nearest = max(claims.begun, claims.version)
             claims.limit = min(claims.limit or nearest, nearest)
@@ -168,6 +193,7 @@ class Coordinator:
             self._failed if boundary else 0.0,
             boundary,
             min(refused) if refused and not any(each.count for each in kept) else -1,
+            len(self._lost) if boundary else 0,
         )
         if boundary:
             self._stop = self._failed = self._bad = 0.0
@@ -207,6 +233,69 @@ class Coordinator:
         for claim in sorted(overdue, key=lambda each: each.key)[: len(self._free)]:
             self.claims.take_back(claim)
             self.taken_back += 1
+            self._overdue[claim.worker] = claim
             message = f"nothing was heard of a claim for {patience:.0f} s: another takes it"
             self._tell("taken back", message, claim.worker, claim.step)
         self.dispatch()
+
+    def lost(self, rank: int) -> None:
+        """A worker has died: the others do what it has begun, and go on to the next boundary.
+
+        Where it was an owner, another has a copy of its part, and the boundary is as near as can
+        be. Raises `PeerLost` where no worker is left, or no copy.
+        """
+        self._lost.add(rank)
+        self._at.pop(rank, None)
+        if rank in self._free:
+            self._free.remove(rank)
+        if self._lost.issuperset(self._course.workers):
+            raise PeerLost("no worker is left")
+        owners = list(self._course.owners)
+        if rank in owners:
+            near = owners[owners.index(rank) - 1], owners[(owners.index(rank) + 1) % len(owners)]
+            if self._lost.intersection(near):
+                raise PeerLost("a part of the weights has gone, and its copy")
+            del self._applied[rank]
+        left = len(set(self._course.workers) - self._lost)
+        message = (
+            "its process has gone: the others do what it had begun, up to the next evaluation or "
+            f"checkpoint, where it rejoins (workers that go on: {left})"
+        )
+        self._tell("lost", message, rank, self.claims.version)
+        for claim in [each for each in self.claims.held.values() if each.worker == rank]:
+            self.claims.take_back(claim)
+            self.taken_back += 1
+        # Finished and counted, but did its pieces reach all owners before it died?
+        for step, told in self._steps.items():
+            for index, (claim, _) in told.finished.items():
+                if claim.worker == rank:
+                    self._recalled[step, index] = {}
+                    self._send_owners(Kind.RECALL, (step, index, claim.attempt, rank))
+        for key, answers in list(self._recalled.items()):
+            answers.pop(rank, None)
+            self._decide(key)
+        self._advance()
+        self._open_boundary()
+        self.dispatch()
+
+    def recalled(self, owner: int, step: int, index: int, *, lacks: bool) -> None:
+        """An owner has a dead worker's piece, or will never get it."""
+        self._recalled[step, index][owner] = lacks
+        self._decide((step, index))
+        self.dispatch()
+
+    def _decide(self, key: tuple[int, int]) -> None:
+        """Once all owners have answered: whether a dead worker's contribution is to be redone."""
+        answers, (step, index) = self._recalled[key], key
+        if len(answers) < len(self._applied):
+            return
+        del self._recalled[key]
+        if not any(answers.values()):
+            return
+        # No owner has applied it: they wait for one another before an update.
+        claim, told = self._steps[step].finished.pop(index)
+        self._bad -= told.bad_examples
+        self.refused -= told.refused
+        self._send_owners(Kind.DROP, (*claim.key, claim.attempt))
+        self.claims.reopen(claim)
+        self.taken_back += 1

@@ -4,6 +4,7 @@ worker ─ READY, FINISHED ─▶ coordinator ─ GRANT ─▶ worker
 worker ─ PULL ─▶ owner ─ WEIGHTS ─▶ worker ─ PIECE ─▶ owner ◀─ ACCEPT, DISCARD ─ coordinator
 owner ─ APPLIED ─▶ coordinator
 coordinator ─ RECORD ─▶ every rank              owner ─ NORM ─▶ every other owner
+coordinator ─ RECALL ─▶ owner ─ RECALLED ─▶ coordinator ─ DROP ─▶ owner      a worker has died
 """
 
 from dataclasses import astuple, dataclass
@@ -24,7 +25,11 @@ class Kind(IntEnum):
     PIECE = 8  # step, index, attempt, version, count, has_gradient; the part of the gradient
     APPLIED = 9  # version
     RECORD = 10  # `Record`
-    NORM = 11  # step, the square of the norm of the owner's part
+    NORM = 11  # step, round, how many pairs; (owner, the square of the norm of its part) …
+    RECALL = 12  # step, index, attempt, worker: has its piece come?
+    RECALLED = 13  # step, index, lacks: it has not, and never will
+    DROP = 14  # step, index, attempt: some owner lacks it, another worker does it again
+    MEET = 15  # number of the meeting; what an owner says there, a byte an element
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Record:
 
     ``is_boundary``: nothing later is begun before all ranks have come here; what they decide
     together (``stop``, ``bad_examples``, ``save_failed``) is told only then. ``culprit``: the first
-    rank whose contribution was refused, where none was left to apply; else -1.
+    rank whose contribution was refused, where none was left to apply; else -1. ``lost``: how many
+    workers have died, at a boundary.
     """
 
     step: int
@@ -67,6 +73,7 @@ class Record:
     save_failed: float = 0.0
     is_boundary: bool = False
     culprit: int = -1
+    lost: int = 0
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -74,5 +81,7 @@ class Record:
 
     @classmethod
     def of(cls, numbers: tuple[float, ...]) -> Self:
-        step, loss, count, stop, seconds, bad, failed, boundary, culprit = numbers[:9]
-        return cls(int(step), loss, count, stop, seconds, bad, failed, bool(boundary), int(culprit))
+        step, loss, count, stop, seconds, bad, failed = numbers[:7]
+        boundary, culprit, lost = (int(number) for number in numbers[7:10])
+        told = int(step), loss, count, stop, seconds, bad, failed
+        return cls(*told, bool(boundary), culprit, lost)

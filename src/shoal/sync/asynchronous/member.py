@@ -8,53 +8,29 @@ member.ready(step)
 found = member.next(step)          # a `Grant` to work on, or the `Record` of the step
 """
 
+import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shoal.comm import Group, Letter, Mail
+from shoal.errors import PeerLost
 from shoal.sync.asynchronous.coordinator import Coordinator, Course
 from shoal.sync.asynchronous.letters import Finished, Kind, Record
-from shoal.sync.asynchronous.parts import Part
-from shoal.sync.asynchronous.shard import Piece, Shard
+from shoal.sync.asynchronous.roles import Grant, Ledger, Place, Recall
+from shoal.sync.asynchronous.shard import Piece
 
 LOOK_ROUND_S = 1.0
+KNOWN_WITHIN_S = 5.0  # after a connection has broken, until it is known whose
 
 
-@dataclass(frozen=True)
-class Grant:
-    """A contribution that this rank is to compute; ``is_refused``: only to say that it was not."""
-
-    step: int
-    index: int
-    attempt: int
-    version: int
-    is_refused: bool = False
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Where rank 0 writes a line per contribution, and tells what is out of the ordinary."""
-
-    write: Callable[[dict[str, Any]], None] = lambda _line: None
-    tell: Callable[[str, str, int, int], None] = lambda _event, _message, _rank, _step: None
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a rank is: the owners' parts of its model, by rank, and its own shard if it owns one."""
-
-    parts: Mapping[int, Part]
-    shard: Shard | None
-    clips: bool = False
-
-
-_Queued = Piece | None
+_Queued = Piece | Recall | None
 
 
 class Member:
@@ -81,7 +57,13 @@ class Member:
         self._pieces: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
         # An owner's newest version, and who has asked for one that is not there yet.
         self._updated, self._expected = course.first, dict[int, list[int]]()
-        self._norms: dict[int, dict[int, float]] = {}
+        # By step and round: by owner, what it has said of whose parts. A step has another round for
+        # each contribution to it that was dropped; those are counted as heard of, and as done.
+        self._norms: dict[tuple[int, int], dict[int, dict[int, float]]] = {}
+        self._dropped, self._rounds = Counter[int](), Counter[int]()
+        self.lost: set[int] = set()  # workers that have died
+        self._recalls: dict[int, list[Recall]] = {}  # by worker: it may still be heard
+        self._met, self._said = 0, defaultdict[int, dict[int, Tensor]](dict)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._clock_since = time.monotonic()
@@ -91,8 +73,10 @@ class Member:
             ledger = ledger or Ledger()
             self.coordinator = Coordinator(course, self._post, ledger.write, ledger.tell)
         self._threads: list[threading.Thread] = []
-        dtype = next(iter(place.parts.values())).dtype
-        self.mail = Mail(group, dtype, self._handle, self._wake)
+        self._dtype = dtype = next(iter(place.parts.values())).dtype
+        self.mail = Mail(
+            group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
+        )
         import sys
 
         sys.setswitchinterval(0.0005)
@@ -139,13 +123,13 @@ class Member:
         with self._changed:
             self._needed = version
             self._pull(version)
-        self._wait(lambda: all(version in self._weights[owner] for owner in self._owners))
-        for owner, part in self._place.parts.items():
+        self._wait(lambda: all(version in self._weights[owner] for owner in self.owners_left))
+        for owner in self.owners_left:
             flat = self._weights[owner][version]
             if flat is None:
                 return False
             self._loaded[owner] = flat
-            part.load(flat)
+            self._place.parts[owner].load(flat)
         return True
 
     def finish(self, grant: Grant, told: Finished, *, has_gradient: bool) -> None:
@@ -156,7 +140,8 @@ class Member:
         self._post(0, Kind.FINISHED, told.numbers)
         # Owners have the gradient by the time that they hear whether it counts.
         numbers = grant.step, grant.index, grant.attempt, grant.version, told.count, has_gradient
-        for owner, part in self._place.parts.items():
+        for owner in self.owners_left:
+            part = self._place.parts[owner]
             gradient = part.gradient(self._loaded[owner]) if has_gradient else None
             self.mail.send(owner, Kind.PIECE, numbers, gradient, "gradient")
         with self._changed:
@@ -171,7 +156,7 @@ class Member:
             thread.join()
         self.mail.close()
 
-    def _wait(self, until: Callable[[], bool]) -> None:
+    def _wait(self, until: Callable[[], object]) -> None:
         began = time.perf_counter()
         with self._changed:
             while not until():
@@ -229,7 +214,7 @@ class Member:
         self._pull(version)  # it is under way before the main thread wakes
 
     def _pull(self, version: int) -> None:
-        for owner in self._owners:
+        for owner in self.owners_left:
             if version not in self._weights[owner] and version not in self._asked[owner]:
                 self._asked[owner].add(version)
                 self._post(owner, Kind.PULL, (version,))
@@ -280,18 +265,100 @@ class Member:
             self._pieces.put(piece)
 
     def _on_norm(self, letter: Letter) -> None:
-        (step,) = letter.whole(1)
-        self._norms.setdefault(step, {})[letter.source] = letter.numbers[1]
+        step, number, pairs = letter.whole(3)
+        of, squares = letter.numbers[3 : 3 + 2 * pairs : 2], letter.numbers[4 : 3 + 2 * pairs : 2]
+        told = {int(owner): square for owner, square in zip(of, squares, strict=True)}
+        self._norms.setdefault((step, number), {})[letter.source] = told
+
+    @property
+    def owners_left(self) -> tuple[int, ...]:
+        """The owners, without those that have died and that others have copies of."""
+        return tuple(owner for owner in self._owners if owner not in self.lost)
+
+    def meet(self, value: Any, among: Collection[int]) -> list[Any]:
+        """What each of some ranks says, in their order. Collective over these."""
+        self._met += 1
+        number, data = self._met, torch.tensor(list(json.dumps(value).encode()))
+        for rank in among:
+            self.mail.send(rank, Kind.MEET, (number,), data.to(self._dtype))
+        self._wait(lambda: self.lost.intersection(among) or len(self._said[number]) == len(among))
+        said = self._said.pop(number)
+        if len(said) < len(among):
+            raise PeerLost("another rank has died while those that are left meet")
+        return [json.loads(bytes(said[rank].byte().tolist())) for rank in among]
+
+    def _on_meet(self, letter: Letter) -> None:
+        assert letter.payload is not None
+        self._said[letter.whole(1)[0]][letter.source] = letter.payload
+
+    def _lose(self, rank: int) -> None:
+        """A rank that the others go on without has died; all that it had sent was handled."""
+        with self._changed:
+            self.lost.add(rank)
+            self._asked.get(rank, set()).clear()
+            for recall in self._recalls.pop(rank, ()):
+                self._recall(recall)
+            try:
+                if self.coordinator is not None:
+                    self._coordinating().lost(rank)
+            finally:
+                self._changed.notify_all()
+
+    def _on_recall(self, letter: Letter) -> None:
+        *key, worker = letter.whole(4)
+        recall = Recall(*key)
+        if worker in self.lost:
+            self._recall(recall)
+        else:  # this rank has not heard all of it yet
+            self._recalls.setdefault(worker, []).append(recall)
+
+    def _recall(self, recall: Recall) -> None:
+        # What counts was said before; what has come by then is all that comes.
+        lacks = (recall.step, recall.index, recall.attempt) in self._verdicts
+        self._post(0, Kind.RECALLED, (recall.step, recall.index, lacks))
+
+    def _on_drop(self, letter: Letter) -> None:
+        recall = Recall(*letter.whole(3))
+        self._verdicts.pop((recall.step, recall.index, recall.attempt), None)
+        self._dropped[recall.step] += 1
+        self._pieces.put(recall)  # behind the piece, if that has come
+
+    def _on_recalled(self, letter: Letter) -> None:
+        step, index, lacks = letter.whole(3)
+        self._coordinating().recalled(letter.source, step, index, lacks=bool(lacks))
+
+    def hear_of(self, lost: int) -> None:
+        """Wait until this rank knows, too, of so many that have died."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.lost) >= lost, KNOWN_WITHIN_S)
+
+    def survives(self) -> bool:
+        """Whether the others can go on without those that have died; after a connection has broken.
+
+        Waits until it is known who that was.
+        """
+        with self._changed:
+            known = self._changed.wait_for(
+                lambda: self.lost or self.mail.failure or self._failure, KNOWN_WITHIN_S
+            )
+        return bool(known) and self.mail.failure is None and self._failure is None
 
     def _own(self) -> None:
         """Apply contributions as they come, until the run is over."""
         shard = self._shard
         assert shard is not None
         while (piece := self._pieces.get()) is not None:
+            if isinstance(piece, Recall):
+                shard.drop(piece.step, piece.index)
+                self._rounds[piece.step] += 1
+                continue
             shard.add(piece)
             while shard.is_ready:
-                square = shard.sum_up()
-                shard.update(self._norm(shard.version, square) if self._place.clips else 0.0)
+                squares = shard.sum_up()
+                norm = self._norm(shard.version, squares) if self._place.meets else 0.0
+                if norm is None:
+                    break
+                shard.update(norm)
                 self._post(0, Kind.APPLIED, (shard.version,))
                 self._publish(shard.version)
 
@@ -302,14 +369,24 @@ class Member:
             for rank in self._expected.pop(version, ()):
                 self._give(rank, version)
 
-    def _norm(self, step: int, square: float) -> float:
-        """The norm of the whole gradient, from all owners' parts, added up in one order."""
-        for owner in self._owners:
-            self._post(owner, Kind.NORM, (step, square))
+    def _norm(self, step: int, squares: Mapping[int, float]) -> float | None:
+        """The norm of the whole gradient, from all owners' parts, added up in one order.
+
+        All have all of the step's pieces then. None where a piece is to be dropped. With copies
+        each part's norm comes from two, and from one of them once the other has died.
+        """
+        of = squares if len(squares) > 1 else {self.rank: sum(squares.values())}
+        key = step, self._rounds[step]
+        pairs = [number for pair in of.items() for number in pair]
+        for owner in self.owners_left:
+            self._post(owner, Kind.NORM, (*key, len(of), *pairs))
         with self._changed:
-            while len(self._norms.get(step, ())) < len(self._owners):
+            while not all(owner in self._norms.get(key, ()) for owner in self.owners_left):
                 if self.mail.failure is not None or self._closing.is_set():
                     raise self.mail.failure or RuntimeError("closed within a step")
+                if self._dropped[step] > self._rounds[step]:
+                    return None
                 self._changed.wait()
-            squares = self._norms.pop(step)
-        return float(sum(squares[owner] for owner in sorted(squares)) ** 0.5)
+            told = self._norms.pop(key)
+        by_owner = {owner: square for each in told.values() for owner, square in each.items()}
+        return float(sum(by_owner[owner] for owner in sorted(by_owner)) ** 0.5)

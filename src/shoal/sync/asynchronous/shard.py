@@ -14,7 +14,7 @@ is over the others. The last S + 1 versions are kept, as workers may still ask f
         shard.sum_up(); shard.update(norm)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rules:
-    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping."""
+    """How ``each`` contributions become an update: ``bound`` on staleness, λ, p, clipping.
+
+    ``of``: with copies, whose part each parameter is of: its owner's, or another's that this one
+    keeps a copy of. Both get the same bits.
+    """
 
     each: int
     bound: int
     compensate: float = 0.0
     damp: float = 0.0
     clip_norm: float | None = None
+    of: Sequence[int] = ()
 
 
 class Shard:
@@ -60,7 +65,8 @@ class Shard:
         self._part, self._optimizer, self._set_rate, self._rules = part, optimizer, set_rate, rules
         self._pieces: dict[int, dict[int, Piece]] = {}
         self._buffers = part.weights()[part.weights_size :]
-        self._anything, self._fresh = False, 1.0
+        self._there: list[Piece] = []
+        self._fresh = 1.0
         self.version = version
         self.versions = {version: part.weights()}
 
@@ -71,32 +77,57 @@ class Shard:
             raise RuntimeError(f"contribution {piece.step}/{piece.index} has come twice")
         of_step[piece.index] = piece
 
+    def drop(self, step: int, index: int) -> None:
+        """Forget a contribution, if it has come: another comes in its place."""
+        if step < self.version:
+            raise RuntimeError(f"contribution {step}/{index} was applied, and cannot be dropped")
+        self._pieces.get(step, {}).pop(index, None)
+
     @property
     def is_ready(self) -> bool:
         """Whether all contributions of the next step are there."""
         return len(self._pieces.get(self.version, ())) == self._rules.each
 
     @torch.no_grad()
-    def sum_up(self) -> float:
-        """Give the parameters the step's gradient; returns the square of its norm."""
-        of_step = self._pieces.pop(self.version)
+    def sum_up(self) -> dict[int, float]:
+        """Give the parameters the step's gradient; returns the square of its norm.
+
+        By owner, where there are copies; else under 0. Nothing has changed before `update`.
+        """
+        of_step = self._pieces[self.version]
         pieces = [of_step[index] for index in range(self._rules.each)]
         there = [piece for piece in pieces if piece.gradient is not None]
-        self._anything = bool(there)
+        self._there = there
         total = sum(piece.count for piece in there)
         self._fresh = self._freshness(there, total)
         part = self._part
         flat = torch.zeros(part.size + len(part.parameters), dtype=part.dtype)
         for piece in there:
             weight = piece.count / total if total else 0.0
-            flat[: part.weights_size].add_(self._compensated(piece), alpha=weight)
-        self._change_buffers(there)
+            self._add(flat[: part.weights_size], self._compensated(piece), weight)
         used = [bool(number) for number in self._used(there).tolist()]
         places = part.of_parameters(flat)
         for parameter, place, is_used in zip(part.parameters, places, used, strict=True):
             parameter.grad = place if is_used else None
         present = [place for place, is_used in zip(places, used, strict=True) if is_used]
-        return sum(float(norm) ** 2 for norm in torch._foreach_norm(present)) if present else 0.0
+        squares = [float(norm) ** 2 for norm in torch._foreach_norm(present)] if present else []
+        if not self._rules.of:
+            return {0: sum(squares)}
+        by_owner = dict.fromkeys(self._rules.of, 0.0)
+        of = [owner for owner, is_used in zip(self._rules.of, used, strict=True) if is_used]
+        for owner, square in zip(of, squares, strict=True):
+            by_owner[owner] += square
+        return by_owner
+
+    def _add(self, total: Tensor, values: Tensor, weight: float) -> None:
+        """Add so much of some values; where there are copies, in two roundings.
+
+        In one, the bits of an element would depend on its place.
+        """
+        if self._rules.of:
+            total.add_(values * weight)
+        else:
+            total.add_(values, alpha=weight)
 
     def _freshness(self, pieces: list[Piece], total: float) -> float:
         """What the learning rate is multiplied by."""
@@ -128,7 +159,7 @@ class Shard:
         first, last = self._part.weights_size, self._part.size
         for piece in pieces:
             assert piece.gradient is not None
-            self._buffers.add_(piece.gradient[first:last], alpha=1 / len(pieces))
+            self._add(self._buffers, piece.gradient[first:last], 1 / len(pieces))
         start = 0
         for buffer in self._part.buffers:
             values = self._buffers[start : start + buffer.numel()].view(buffer.shape)
@@ -143,7 +174,8 @@ class Shard:
         A step that has no contribution left changes nothing.
         """
         parameters = self._part.parameters
-        if self._anything:
+        self._change_buffers(self._there)
+        if self._there:
             self._set_rate(self.version)
             if self._fresh != 1.0:
                 for group in self._optimizer.param_groups:
@@ -153,6 +185,7 @@ class Shard:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._rules.clip_norm, of_all)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        del self._pieces[self.version]
         self.version += 1
         self.versions[self.version] = self._part.weights()
         self.versions.pop(self.version - self._rules.bound - 1, None)
