@@ -79,7 +79,6 @@ class Member:
         )
         import sys
 
-        sys.setswitchinterval(0.0005)
         self.mail.start()
         if self._shard is not None:
             self._start(self._own)
