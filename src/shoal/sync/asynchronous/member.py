@@ -77,7 +77,6 @@ class Member:
         self.mail = Mail(
             group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
         )
-        import sys
 
         self.mail.start()
         if self._shard is not None:
