@@ -139,15 +139,16 @@ POOL_FOLDER = "tests/distributed/"
 
 # Parametrised tests of which `make test` runs every k-th case, and `make test-long` the others.
 SAMPLED = {
-    "test_distributed_zero.py": 8,
-    "test_distributed_staged_zero.py": 11,
-    "test_distributed_pipeline.py": 8,
-    "test_distributed_tensor.py": 9,
+    "test_distributed_zero.py": 11,
+    "test_distributed_staged_zero.py": 15,
+    "test_distributed_pipeline.py": 12,
+    "test_distributed_tensor.py": 13,
     "test_distributed_tensor_sequence.py": 4,
     "test_distributed_comm_bytes.py": 3,
     "test_trace_segments.py": 3,
-    "test_distributed_meetings.py": 5,
-    "test_distributed_compression.py": 5,
+    "test_distributed_meetings.py": 7,
+    "test_distributed_compression.py": 7,
+    "test_faults_async.py": 2,
     "test_distributed_convergence.py": 2,
 }
 _seen: Counter[str] = Counter()
