@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shoal.data.batch import Batch
 from shoal.data.keyed import derive_key
 from shoal.data.order import order
+from shoal.errors import Refused
 
 _PARTS = 0x7061727473  # "parts": no epoch's order has this key
 _OWN = 0x6F776E  # "own"
@@ -56,7 +57,10 @@ class Member:
 
 
 class MemberFeed:
-    """What one member reads. Positions and rows count from 0 in its own batch."""
+    """What one member reads. Positions and rows count from 0 in its own batch.
+
+    Raises `Refused` where no batch has anything for it.
+    """
 
     def __init__(self, feed: Whole, member: Member) -> None:
         self._feed = feed
@@ -65,6 +69,12 @@ class MemberFeed:
         ends = itertools.accumulate(self._batch(step) for step in range(feed.steps_per_epoch))
         self._starts = [0, *ends]  # of each step of an epoch, in the member's part
         self._part = self._examples_of_part()
+        if not self.examples:
+            raise Refused(
+                f"member {member.number} of {member.of} would never get an example: batches of "
+                f"{feed.batch_size} are shared out in units of {member.unit}",
+                hint="Take fewer members, larger batches, or a smaller normalize_over.",
+            )
 
     @property
     def examples(self) -> int:

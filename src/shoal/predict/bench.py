@@ -65,7 +65,7 @@ class Bench:
             plain = train.transform.model_copy(update={"augment": "none"})
             selection = data.open_feed(
                 train.model_copy(update={"transform": plain}),
-                batch_size=recipe.batch_size,
+                batch_size=self.members[0].recipe.batch_size,  # they answer side by side
                 seed=recipe.seed,
                 shuffle=False,
                 on_bad_example=recipe.data.on_bad_example,

@@ -119,7 +119,8 @@ class _Feeds:
         opened: dict[str, Feed] = {}
         for member in bench.members:
             if member.run not in opened:
-                opened[member.run] = spec.open(member.recipe)
+                size = bench.members[0].recipe.batch_size
+                opened[member.run] = spec.open(member.recipe, size)
         self.of = [opened[member.run] for member in bench.members]
         self.first = self.of[0]
         known, why = labels_by(classes, self.first.classes)

@@ -117,7 +117,7 @@ def predict_with(runs: Sequence[Run], options: Options) -> Predictions:
     found = members_of(runs, skip_damaged=options.skip_damaged)
     members = found.members
     how = check_how(options.how or ("ensemble" if len(members) > 1 else "best"), len(members))
-    classes = check_classes(members) if how != "best" else _classes_of(members[0])
+    classes = check_classes(members)
     spec = evaluation_of(members[0].recipe) if options.data is None else asked_for(options.data)
     resolved = _resolved(members, how, options.strategy)
     feed = spec.open(members[0].recipe)

@@ -36,8 +36,12 @@ class Spec:
     split: str | None = None
     loose: bool = False
 
-    def open(self, recipe: Recipe) -> Feed:
-        """The examples in order, with the size and scale of what `recipe` trains on."""
+    def open(self, recipe: Recipe, batch_size: int | None = None) -> Feed:
+        """The examples in order, with the size and scale of what `recipe` trains on.
+
+        ``batch_size``: the recipe's; models that predict together need the same.
+        """
+        recipe = recipe.model_copy(update={"batch_size": batch_size or recipe.batch_size})
         train, _ = data.resolve(recipe.data)
         trained = data.describe(train)
         size = train.transform.image_size or trained.image_size

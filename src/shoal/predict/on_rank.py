@@ -109,7 +109,9 @@ class _Work:
             over = workload.normalize_over or (2 if strategy.pp > 1 else None)
             made = replace(workload, build_model=partial(_given, model), normalize_over=over)
             job = assemble(groups, made, execution)
-            self.jobs.append((number, job, task.spec.open(member.recipe)))
+            self.jobs.append(
+                (number, job, task.spec.open(member.recipe, members[0].recipe.batch_size))
+            )
         # A rank without members has the data's sizes all the same.
         feed = self.jobs[0][2] if self.jobs else task.spec.open(members[0].recipe)
         self.feed, self.steps = feed, feed.steps_per_epoch

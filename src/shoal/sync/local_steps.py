@@ -2,9 +2,9 @@
 
     w_r ← Σ_r (examples of r since the last meeting ÷ those of all) · w_r
 
-Float buffers (running statistics) are averaged as well, and with `state=average` what the optimizer
-keeps of each parameter. The last step of a run ends with a meeting. Before step `after` replicas
-sum their gradients, as under `sync` (post-local SGD).
+Float buffers (running statistics) are averaged as well, before step `after` at each step; and with
+`state=average` what the optimizer keeps of each parameter. The last step of a run ends with a
+meeting. Before step `after` replicas sum their gradients, as under `sync` (post-local SGD).
 
 With compression it is the change since the last meeting that is sent, and the weights of that
 meeting are kept: the largest numbers of the weights themselves say nothing about what was learned.
@@ -38,6 +38,8 @@ class LocalSteps(MeanOfReplicas):
         self._buckets: list[Bucket] = []
         self._changes: Changes | None = None
         self._plain = list(floating(setting.model).values())
+        parameters = {id(each) for each in setting.model.parameters()}
+        self._buffers = [each for each in self._plain if id(each) not in parameters]
         if setting.compress is not None:
             weights = trained(setting.model)
             line = Line(setting.between, "parameter", place=setting.place)
@@ -62,6 +64,8 @@ class LocalSteps(MeanOfReplicas):
     def after(self, step: int) -> None:
         """Average, where a meeting is due."""
         self.are_equal = step < self._how.after
+        if self.are_equal and self._buffers:  # a replica's batch has statistics of its own
+            average(self._buffers, self._setting.share(step, step), self._setting.between)
         if self._changes is not None and step + 1 == self._how.after:
             self._changes.begin_here()
         if not self._rounds.ends(step):

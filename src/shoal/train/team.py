@@ -21,7 +21,7 @@ from shoal.data import Member, MemberFeed
 from shoal.errors import Refused
 from shoal.job import Execution, Job, Workload, assemble
 from shoal.predict import Evaluation, evaluate
-from shoal.strategy import Agreement, Solo
+from shoal.strategy import Agreement, Compress, Solo
 from shoal.train.apart import apart_step
 from shoal.train.crew import Crew
 from shoal.train.snapshot import snapshot_of
@@ -40,6 +40,7 @@ class Team:
     replicas: int = 1
     agreement: Agreement | None = None
     crew: Crew | None = None  # of asynchronous SGD
+    compress: Compress | None = None  # what is done to what replicas send
 
     @classmethod
     def of(
@@ -66,14 +67,14 @@ class Team:
             part = workload if of_member is None else of_member(number)
             if isinstance(way, Solo):
                 part = _own(replace(part, feed=workload.feed), way, number)
-            own = _one(state, way, number, of)
+            own = _one(state, execution, number, of)
             job = assemble(groups, part, execution, own, lambda m, n=number: look(n, m))  # type: ignore[misc]
             if isinstance(way, Solo):
                 member = Member(number, of, way.full, workload.normalize_over or 1)
                 recipes: Any = workload.feed  # solo is for recipes, whose feeds are `data.Feed`s
                 job.feed = MemberFeed(recipes, member)
             jobs.append(job)
-        return cls(tuple(jobs), numbers, of, way)
+        return cls(tuple(jobs), numbers, of, way, compress=execution.compress)
 
     @property
     def job(self) -> Job:
@@ -164,7 +165,11 @@ class Team:
                 for alias, name in each.aliases.items()
             },
             optimizer={name: value for of_rank in everywhere for name, value in of_rank.items()},
-            sync={"replicas": self.replicas, "agreement": str(self.agreement)},
+            sync={
+                "replicas": self.replicas,
+                "agreement": str(self.agreement),
+                "compress": str(self.compress or ""),
+            },
         )
 
 
@@ -187,12 +192,19 @@ def _whole(state: Checkpoint | None) -> Checkpoint | None:
     return replicas.Mean.of(state)
 
 
-def _one(state: Checkpoint | None, way: Agreement, number: int, of: int) -> Checkpoint | None:
-    """What replica `number` goes on from."""
+def _one(state: Checkpoint | None, execution: Execution, number: int, of: int) -> Checkpoint | None:
+    """What replica `number` goes on from.
+
+    Its own weights only under the agreement that they were saved under: another one takes it that
+    replicas are equal when it begins (outer weights, a centre, what was last sent).
+    """
     if state is None:
         return None
-    held = replicas.count(state)
-    if held == of:
+    way, held = execution.agreement, replicas.count(state)
+    said = state.manifest.sync or {}
+    begun = said.get("agreement"), said.get("compress", "")
+    same = begun == (str(way), str(execution.compress or ""))
+    if held == of and (same or isinstance(way, Solo)):
         return replicas.one_of(state, number)
     if isinstance(way, Solo):
         raise Refused(

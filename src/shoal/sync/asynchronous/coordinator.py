@@ -24,6 +24,8 @@ from shoal.sync.claims import Claim, Claims
 
 PATIENCE_S = 3.0  # a claim that is held for longer, and for long beside others, is taken back
 PATIENCE_TIMES = 10.0
+WORTH_WAITING = 0.1  # of a contribution's time, for an update that is about to come
+RECENT = 0.2  # the weight of the newest in a running mean
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Told:
     """What is known of the contributions of a step that is not there yet."""
 
     finished: dict[int, tuple[Claim, Finished]] = field(default_factory=dict)
+    since: float = 0.0  # when the last of them was finished
 
 
 class Coordinator:
@@ -80,11 +83,14 @@ class Coordinator:
         self._free: list[int] = []
         self._since: dict[tuple[int, int], float] = {}
         self._longest = 0.0
+        # Running means: of a contribution, and of an update since its last one was finished.
+        self._work_s = self._update_s = 0.0
         self._steps: dict[int, Told] = {}
         self._overdue: dict[int, Claim] = {}  # by worker: taken back, and nothing heard since
         self._lost: set[int] = set()
         self._recalled: dict[tuple[int, int], dict[int, bool]] = {}  # by owner: does it lack it?
         self._stop = self._failed = self._bad = 0.0
+        self._published = 0.0  # when the newest version was told of
         self._seconds_told: float | None = None  # rank 0's clock at the last boundary
         self.seconds = 0.0  # rank 0's clock, set by whoever calls
         self.refused = 0
@@ -128,8 +134,12 @@ class Coordinator:
             self._woke(rank)
             self._send_owners(Kind.DISCARD, answer)
         else:
-            self._longest = max(self._longest, self.seconds - self._since.pop(claim.key))
-            self._steps.setdefault(told.step, Told()).finished[told.index] = claim, told
+            took = self.seconds - self._since.pop(claim.key)
+            self._longest = max(self._longest, took)
+            self._work_s += RECENT * (took - self._work_s)
+            of_step = self._steps.setdefault(told.step, Told())
+            of_step.finished[told.index] = claim, told
+            of_step.since = self.seconds
             self._bad += told.bad_examples
             if told.refused:
                 self.refused += 1
@@ -169,7 +179,10 @@ class Coordinator:
             claims.limit = min(claims.limit or nearest, nearest)
 
     def _publish(self, step: int) -> None:
-        told = self._steps.pop(step).finished
+        of_step = self._steps.pop(step)
+        told, since = of_step.finished, max(of_step.since, self._published)
+        self._update_s += RECENT * (self.seconds - since - self._update_s)
+        self._published = self.seconds
         for index in range(self._course.each):
             claim, finished = told[index]
             line = {"step": step, "index": index, "worker": claim.worker}
@@ -203,8 +216,9 @@ class Coordinator:
     def dispatch(self) -> None:
         """Hand out what may be started.
 
-        Not while all of a step is done and only its update is to come: for these few milliseconds a
-        worker gets a gradient that is one step fresher.
+        Not while all of a step is done and only its update is to come, if updates come within a
+        small part of a contribution's time: a worker then gets a gradient that is a step fresher.
+        On a slow network, where the gradient itself has to arrive first, nobody waits for it.
         """
         while self._free and not self._is_update_due():
             claim = self.claims.claim(self._free[0])
@@ -218,7 +232,8 @@ class Coordinator:
 
     def _is_update_due(self) -> bool:
         told = self._steps.get(self.claims.version)
-        return told is not None and len(told.finished) == self._course.each
+        due = told is not None and len(told.finished) == self._course.each
+        return due and self._update_s <= WORTH_WAITING * self._work_s
 
     def look_round(self) -> None:
         """Now and then: take back what is held for far longer than others have needed."""

@@ -48,7 +48,8 @@ class Member:
         self._weights: dict[int, dict[int, Tensor | None]] = {each: {} for each in self._owners}
         self._asked: dict[int, set[int]] = {each: set() for each in self._owners}
         self._known = course.first  # the newest version that is there
-        self._needed = -1  # the version that the main thread works with next
+        # The version of the newest grant, and the one that the main thread loads.
+        self._needed = self._loading = -1
         self._loaded: dict[int, Tensor] = {}  # what the model has been given last
         self._works = group.rank in course.workers
         # Of an owner, by step, index and attempt: what waits for the other.
@@ -119,11 +120,12 @@ class Member:
     def load(self, version: int) -> bool:
         """Give the model the weights of a version; False where it is too old to be had."""
         with self._changed:
-            self._needed = version
+            self._loading = version
             self._pull(version)
         self._wait(lambda: all(version in self._weights[owner] for owner in self.owners_left))
-        for owner in self.owners_left:
-            flat = self._weights[owner][version]
+        with self._changed:
+            flats = {owner: self._weights[owner][version] for owner in self.owners_left}
+        for owner, flat in flats.items():
             if flat is None:
                 return False
             self._loaded[owner] = flat
@@ -235,7 +237,8 @@ class Member:
         self._asked[letter.source].discard(version)
         there = self._weights[letter.source]
         there[version] = letter.payload if is_there else None
-        for other in [each for each in there if each not in (version, self._needed)]:
+        kept = version, self._needed, self._loading
+        for other in [each for each in there if each not in kept]:
             del there[other]
 
     def _on_accept(self, letter: Letter) -> None:
