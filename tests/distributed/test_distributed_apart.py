@@ -228,3 +228,15 @@ def test_weights_of_replicas_that_meet_are_averaged_for_others(pool: Any, tmp_pa
     for name, tensor in one.job.replica.holding.state_dict().items():
         assert torch.equal(tensor, mean.read(name))
     assert one.job.next_step == 3
+
+
+@pytest.mark.parametrize("resumed", ["dp2/diloco:2", "dp2/easgd:2", "dp2/local:2/compress:topk=10"])
+def test_replicas_begin_equal_under_another_agreement(
+    pool: Any, tmp_path: Path, resumed: str
+) -> None:
+    pool.call(on_ranks, "dp2/local:2", str(tmp_path), ranks=2)
+    folder = next(tmp_path.glob("step-*"))
+    own = pool.call(resume_otherwise, str(folder), "dp2/local:2", ranks=2)
+    assert own[0]["0"] != own[1]["1"]  # saved between two meetings
+    found = pool.call(resume_otherwise, str(folder), resumed, ranks=2)
+    assert found[0]["0"] == found[1]["1"]

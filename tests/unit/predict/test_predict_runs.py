@@ -262,3 +262,12 @@ def test_one_model_of_several_is_exported(solo, tmp_path):
     name = mean.weights[0]
     members = [replicas.one_of(state, n).read(name) for n in range(replicas.count(state))]
     assert any(torch.equal(best[name], member) for member in members)
+
+
+def test_models_of_unlike_batches_predict_together(plain, tmp_path):
+    other = trained(tmp_path / "other", batch_size=96)
+    found = shoal.predict([plain, other], "digits:test", how="ensemble")
+    assert len(found.probabilities) == len(shoal.predict(plain, "digits:test").probabilities)
+    compared = compare_with([plain, other], Options()).document["compared"]
+    rows = {row["name"]: row for row in compared}
+    assert rows["ensemble"]["metrics"] == pytest.approx(found.metrics)

@@ -172,3 +172,27 @@ def test_a_claim_that_nothing_is_heard_of_goes_to_another_and_counts_once() -> N
     answers[0].clear()
     finish(0, again)
     assert answers[0][0][0] is Kind.ACCEPT
+
+
+@pytest.mark.parametrize(("update_s", "waits"), [(0.01, True), (3.5, False)])
+def test_a_worker_waits_for_an_update_only_where_updates_are_quick(
+    update_s: float, waits: bool
+) -> None:
+    granted: list[Sequence[float]] = []
+
+    def send(rank: int, kind: Kind, numbers: Sequence[float]) -> None:
+        if kind == Kind.GRANT:
+            granted.append((rank, *numbers[:4]))
+
+    course = Course(0, 9, 2, 1, 1, (0,), (0,), lambda _step: 9)
+    coordinator = Coordinator(course, send, lambda _line: None, lambda *_told: None)
+    coordinator.ready(0, (0.0, 0.0, 0.0))
+    for step in range(3):
+        coordinator.seconds += 0.3  # a contribution
+        coordinator.finished(0, Finished(step, 0, 0, 1.0, 1.0, 0.0, False))
+        before = len(granted)
+        coordinator.seconds += update_s
+        coordinator.applied(0, step + 1)
+    # The newest work was given out before its update was there, or after.
+    assert before == (3 if waits else 4)
+    assert granted[3][4] == (3 if waits else 2)  # the version that it is computed on
