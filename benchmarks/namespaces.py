@@ -1,9 +1,9 @@
 """Two hosts on one machine: network namespaces joined by a cable, as slow as one likes.
 
     with two_hosts("100mbit") as hosts:
-        run_ranks(hosts, ["shoal", "train", "recipe.yaml", "--strategy", "dp2/local:16"], os.environ)
+        run_ranks(hosts, ["shoal", "train", "recipe.yaml", "-s", "dp2/local:16"], os.environ)
 
-    namespace a   10.77.0.1 ══ veth pair, each end `tc … tbf rate 100mbit` ══ 10.77.0.2   namespace b
+    namespace a  10.77.0.1 ══ veth pair, each end `tc … tbf rate 100mbit` ══ 10.77.0.2  namespace b
 
 Files, processes and cores are shared, only the network is cut. Needs root and iproute2. Whatever
 happens, what runs in the namespaces is killed and they are removed again.
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -108,10 +108,13 @@ def run_ranks(
     command: Sequence[str],
     environment: Mapping[str, str],
     *,
+    each: Callable[[Host], Mapping[str, str]] | None = None,
     cwd: str | Path | None = None,
     timeout_s: float = 600.0,
 ) -> list[Ended]:
     """One rank a host to its end, as `torchrun --nnodes 2 --nproc-per-node 1` would start them.
+
+    ``each``: what is in the environment of one host alone.
 
     Once one has failed the others have ten seconds to end; what is left then is killed.
     """
@@ -122,6 +125,7 @@ def run_ranks(
             for rank, host in enumerate(hosts):
                 output, errors = said[rank]
                 inside, variables = host.command(command), {**environment, **world(hosts, rank)}
+                variables |= each(host) if each is not None else {}
                 started.append(
                     subprocess.Popen(inside, env=variables, stdout=output, stderr=errors, cwd=cwd)
                 )
