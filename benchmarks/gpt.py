@@ -38,6 +38,8 @@ class Gpt(nn.Module):
         self.tokens, self.places = nn.Embedding(vocab, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
         self.tokens.weight = self.head.weight
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:

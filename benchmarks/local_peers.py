@@ -25,10 +25,7 @@ from sidebyside import RATE, ROOT, interleaved, ratios, reason, spread, table, v
 from workloads import HERE
 
 STEPS, EVERY = 64, 16
-PEERS_OF_LOCAL = {
-    "torchft": Path(os.environ.get("BENCH_TORCHFT_PYTHON", HERE / ".venv-torchft/bin/python")),
-    "hivemind": Path(os.environ.get("BENCH_HIVEMIND_PYTHON", HERE / ".venv-hivemind/bin/python")),
-}
+PYTHON = Path(os.environ.get("BENCH_LOCAL_PYTHON", HERE / ".venv-local/bin/python"))
 PLAIN, OUTER = "1 0", "0.7 0.9"
 RECIPE = f"""
 name: local-peers
@@ -126,15 +123,14 @@ def shoal(strategy: str, rate: str | None) -> sidebyside.Result:
 
 def peer(name: str, rate: str | None, kind: str) -> sidebyside.Result:
     """A peer's script on both hosts."""
-    python = PEERS_OF_LOCAL[name]
-    if not python.exists():
-        return f"{name}'s environment is not there: `make bench` makes it"
+    if not PYTHON.exists():
+        return "the peers' environment is not there: `make bench` makes it"
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder, two_hosts(rate) as hosts:
         script = HERE / "peers" / f"{name}_local.py"
         options = ["--steps", str(STEPS), "--every", str(EVERY), "--folder", folder]
         ended = run_ranks(
             hosts,
-            [str(python), str(script), *options],
+            [str(PYTHON), str(script), *options],
             _environment() | {"BENCH_KIND": kind},
             each=_own,
             timeout_s=200.0,

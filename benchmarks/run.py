@@ -36,6 +36,8 @@ QUESTIONS = (
     "model_parallel",
     "bubble",
     "agreements",
+    "two_hosts",
+    "local_peers",
 )
 
 
