@@ -5,7 +5,7 @@
 
     namespace a  10.77.0.1 ══ veth pair, each end `tc … tbf rate 100mbit` ══ 10.77.0.2  namespace b
 
-Files, processes and cores are shared, only the network is cut. Needs root and iproute2. Whatever
+Files and processes are shared, each has half of the cores. Needs root and iproute2. Whatever
 happens, what runs in the namespaces is killed and they are removed again.
 """
 
@@ -36,10 +36,12 @@ class Host:
     namespace: str
     interface: str
     address: str
+    cores: tuple[int, ...] = ()
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """The command, to be run in here."""
-        return ["ip", "netns", "exec", self.namespace, *command]
+        """The command, to be run in here, on this host's cores."""
+        own = ["taskset", "--cpu-list", ",".join(map(str, self.cores))] if self.cores else []
+        return ["ip", "netns", "exec", self.namespace, *own, *command]
 
     def sent(self) -> int:
         """Bytes that have left through the cable, headers and all."""
@@ -71,8 +73,8 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
     """Two namespaces; `rate` as `tc` reads it, None for as fast as memory."""
     mark = f"{os.getpid():x}"
     hosts = tuple(
-        Host(f"shoal-{mark}-{end}", f"sh{mark}{end}", f"10.77.0.{number}")
-        for number, end in enumerate("ab", start=1)
+        Host(f"shoal-{mark}-{end}", f"sh{mark}{end}", f"10.77.0.{number}", cores)
+        for number, (end, cores) in enumerate(zip("ab", _halves(), strict=True), start=1)
     )
     a, b = hosts
     try:
@@ -168,6 +170,15 @@ def world(hosts: Sequence[Host], rank: int) -> dict[str, str]:
         "MASTER_ADDR": hosts[0].address,
         "MASTER_PORT": str(PORT),
     }
+
+
+def _halves() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The cores of the two: half each. A rank counts those it may use, and takes them all."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    if half == 0 or shutil.which("taskset") is None:
+        return (), ()
+    return tuple(cores[:half]), tuple(cores[half : 2 * half])
 
 
 def _remove(host: Host) -> None:

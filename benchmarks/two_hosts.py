@@ -49,16 +49,18 @@ PLAIN = "lr=1:momentum=0"  # the outer step of local SGD: what a few rounds can 
 JOBS = {
     "resnet": (
         Way("dp2", 40, 8),
-        Way("dp2/local:16", 48, 16),
-        Way(f"dp2/diloco:16:{PLAIN}:wire=int8", 48, 16),
-        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 64, 64),
+        Way("dp2/local:16", 64, 16),
+        Way(f"dp2/diloco:8:{PLAIN}:wire=int8", 48, 8),
+        Way(f"dp2/diloco:16:{PLAIN}:wire=int8", 64, 16),
+        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 128, 64),
         Way("dp2/compress:powersgd=8", 48, 8),
     ),
     "gpt": (
         Way("dp2", 40, 8),
-        Way("dp2/local:16", 48, 16),
-        Way(f"dp2/diloco:16:{PLAIN}:wire=int8", 48, 16),
-        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 64, 64),
+        Way("dp2/local:16", 64, 16),
+        Way(f"dp2/diloco:8:{PLAIN}:wire=int8", 48, 8),
+        Way(f"dp2/diloco:16:{PLAIN}:wire=int8", 64, 16),
+        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 128, 64),
         Way("dp2/compress:powersgd=8", 48, 8),
     ),
 }
