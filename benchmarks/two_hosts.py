@@ -32,6 +32,7 @@ RATE = "100mbit"
 LENGTH = 64
 AGREEMENT = ("gradient", "parameter", "agreement")
 ROUND = 64  # steps
+NEAR = 1.01  # of the loss that `dp2` ends with, for all: 1 % is below what a seed changes
 GOAL_TIME, GOAL_PAYLOAD = 10, 250
 
 
@@ -60,7 +61,7 @@ JOBS = {
         Way("dp2/local:16", 64, 16),
         Way(f"dp2/diloco:8:{PLAIN}:wire=int8", 48, 8),
         Way(f"dp2/diloco:16:{PLAIN}:wire=int8", 64, 16),
-        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 128, 64),
+        Way(f"dp2/diloco:64:{PLAIN}:wire=int8", 64, 64),
         Way("dp2/compress:powersgd=8", 48, 8),
     ),
 }
@@ -210,7 +211,10 @@ def _head(name: str, results: dict[Way, list[Result]]) -> str:
         "AdamW",
     }
     loss = spread([one.curve[-1][1] for one in sync], 3)
-    return f"{about[name]}. `dp2` ends with a loss of {loss} after {sync[0].steps} steps."
+    return (
+        f"{about[name]}. `dp2` ends with a loss of {loss} after "
+        f"{sync[0].steps} steps; measured is the time to 1.01 of it."
+    )
 
 
 def _table(results: dict[Way, list[Result]]) -> str:
@@ -218,10 +222,11 @@ def _table(results: dict[Way, list[Result]]) -> str:
     rows = []
     for way, runs in results.items():
         pairs = list(zip(runs, sync, strict=True))
-        times = [one.seconds_to(base.curve[-1][1]) for one, base in pairs]
+        wanted = [NEAR * base.curve[-1][1] for base in sync]
+        times = [one.seconds_to(loss) for one, loss in zip(runs, wanted, strict=True)]
         gains = [
-            base.seconds_to(base.curve[-1][1]) / time
-            for time, (_, base) in zip(times, pairs, strict=True)
+            base.seconds_to(loss) / time
+            for time, loss, base in zip(times, wanted, sync, strict=True)
         ]
         rows.append(
             [
@@ -236,7 +241,7 @@ def _table(results: dict[Way, list[Result]]) -> str:
             ]
         )
     head = ["", "samples/s", "÷ dp2", "payload a step, MB", "sent a step, MB",
-            "s to the loss of dp2", "times sooner", "loss at the end, at step"]  # fmt: skip
+            "s to that loss", "times sooner", "loss at the end, at step"]  # fmt: skip
     return table(head, rows)
 
 
