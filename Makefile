@@ -46,7 +46,7 @@ lint: $(INSTALLED)  ## Style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) $(PEERS)/.installed  ## Measure, side by side; results go to benchmarks/results
+bench: $(INSTALLED) $(PEERS)/.installed $(PEERS)-local/.installed  ## Measure, side by side; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
 # What Shoal is measured against, apart from it. DeepSpeed's build asks the torch that is there, so
@@ -58,9 +58,15 @@ $(PEERS)/.installed: benchmarks/constraints.txt
 	DS_BUILD_OPS=0 $(PEERS_INSTALL) --no-build-isolation deepspeed
 	touch $@
 
+# What local steps are measured against: their needs (protobuf, grpcio) do not agree with the others'.
+$(PEERS)-local/.installed: benchmarks/local-constraints.txt
+	$(PYTHON) -m venv $(PEERS)-local
+	$(PEERS)-local/bin/python -I -m pip install --quiet --disable-pip-version-check --constraint benchmarks/local-constraints.txt torch numpy pydantic pyyaml xxhash hivemind torchft
+	touch $@
+
 docs: $(INSTALLED)  ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 clean:  ## Remove what was built (runs are kept)
-	rm -rf $(VENV) $(PEERS) benchmarks/.data site build dist
+	rm -rf $(VENV) $(PEERS) $(PEERS)-local benchmarks/.data site build dist

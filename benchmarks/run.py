@@ -37,6 +37,8 @@ QUESTIONS = (
     "bubble",
     "agreements",
     "same_accuracy",
+    "two_hosts",
+    "local_peers",
 )
 
 

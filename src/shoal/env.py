@@ -78,6 +78,11 @@ def malloc_threshold() -> str | None:
     return os.environ.get("MALLOC_MMAP_THRESHOLD_")
 
 
+def gloo_interface() -> str | None:
+    """The network interface that gloo is told to use; None if it looks for one itself."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
 def visible_cuda_devices() -> tuple[str, ...] | None:
     """The entries of CUDA_VISIBLE_DEVICES (indices or UUIDs); None if every device is visible."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from shoal.comm import shared_memory
 from shoal.comm.counter import Counter, Purpose
 from shoal.comm.failures import peer_failures
+from shoal.comm.interface import use_the_way_to
 from shoal.comm.meeting import open_store
 from shoal.comm.mesh import Axes, Mesh
 from shoal.comm.pending import Pending
@@ -265,6 +266,7 @@ class Groups:
         if world_size == 1:
             return cls.alone(device)
         timeout = timedelta(seconds=timeout_s)
+        use_the_way_to(store)
         place = open_store(store, rank, world_size, timeout)
         mesh = Mesh(axes or (("dp", world_size),)).with_shards(shards)
         meeting = PrefixStore(generation, place)
