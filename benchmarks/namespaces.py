@@ -12,16 +12,18 @@ happens, what runs in the namespaces is killed and they are removed again.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PORT = 29501
 AFTER_A_FAILURE_S = 10.0
@@ -77,6 +79,8 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
         for number, (end, cores) in enumerate(zip("ab", _halves(), strict=True), start=1)
     )
     a, b = hosts
+    _remove_what_the_dead_left()
+    before = _end_on_sigterm()
     try:
         for host in hosts:
             _ip("netns", "add", host.namespace)
@@ -94,6 +98,8 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
     finally:
         for host in hosts:
             _remove(host)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,26 @@ def _halves() -> tuple[tuple[int, ...], tuple[int, ...]]:
     if half == 0 or shutil.which("taskset") is None:
         return (), ()
     return tuple(cores[:half]), tuple(cores[half : 2 * half])
+
+
+def _end_on_sigterm() -> Any:
+    """Have SIGTERM raise, so that `finally` runs; what it did before (None: another thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    return signal.signal(signal.SIGTERM, end)
+
+
+def _remove_what_the_dead_left() -> None:
+    """Namespaces whose makers were killed and could not."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0] if line.strip() else ""
+        found = re.fullmatch(r"shoal-([0-9a-f]+)-[ab]", name)
+        if found is not None and not Path(f"/proc/{int(found[1], 16)}").exists():
+            _remove(Host(name, "", ""))
 
 
 def _remove(host: Host) -> None:
