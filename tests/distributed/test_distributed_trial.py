@@ -41,7 +41,10 @@ def test_each_candidate_trains_from_the_same_weights_on_the_same_batches(pool: A
     assert all(each["failed"] is None and each["step_s"] > 0 for each in (plain, both, layout))
     assert len(plain["losses"]) == 5
     # The memory format changes rounding alone, bf16 more than that.
-    assert layout["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    # One that is much slower, on a machine that is busy just then, is given up after a step or two.
+    tried = len(layout["losses"])
+    assert tried >= 1
+    assert layout["losses"] == pytest.approx(plain["losses"][:tried], rel=1e-3)
     assert both["losses"] != plain["losses"]
     assert both["losses"][0] == pytest.approx(plain["losses"][0], rel=0.05)
 
