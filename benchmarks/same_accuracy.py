@@ -80,7 +80,7 @@ def page(found: dict[str, dict[str, Any]], epochs: int) -> str:
         "## Accuracy at equal samples\n\n"
         f"`recipes/fashion-mnist.yaml`, {epochs} epochs, two ranks, nothing else changed (SGD with "
         "momentum at 0.1, cosine). Points are percent of the 10,000 test images beside `dp2`; the "
-        "seed is one, and another moves an accuracy by two or three tenths of a point. Bytes are "
+        "seed is one; how far another moves an accuracy was not measured. Bytes are "
         "what rank 0 gave to send. `solo` trains each member on half of the samples, without the "
         "tenth that is held out; its figure is the mean of the members. Goal: within 1 point."
     )

@@ -29,8 +29,19 @@ def task(**changes: Any) -> dict[str, Any]:
     return {"recipe": recipe | changes, "strategy": "dp2", "device": "cpu"}
 
 
+def try_all_steps(context: Any, of: dict[str, Any]) -> Any:
+    """None is given up as slow, which one may be on a machine that is busy just then."""
+    from shoal.train import trial
+
+    usual, trial.GIVEN_UP = trial.GIVEN_UP, float("inf")
+    try:
+        return try_on_rank(context, of)
+    finally:
+        trial.GIVEN_UP = usual
+
+
 def test_each_candidate_trains_from_the_same_weights_on_the_same_batches(pool: Any) -> None:
-    outcomes = pool.call(try_on_rank, task(), ranks=2)
+    outcomes = pool.call(try_all_steps, task(), ranks=2)
     assert outcomes[0] == outcomes[1]
     plain, both, layout = outcomes[0]["tried"]
     assert [each["strategy"] for each in outcomes[0]["tried"]] == [
@@ -41,10 +52,7 @@ def test_each_candidate_trains_from_the_same_weights_on_the_same_batches(pool: A
     assert all(each["failed"] is None and each["step_s"] > 0 for each in (plain, both, layout))
     assert len(plain["losses"]) == 5
     # The memory format changes rounding alone, bf16 more than that.
-    # One that is much slower, on a machine that is busy just then, is given up after a step or two.
-    tried = len(layout["losses"])
-    assert tried >= 1
-    assert layout["losses"] == pytest.approx(plain["losses"][:tried], rel=1e-3)
+    assert layout["losses"] == pytest.approx(plain["losses"], rel=1e-3)
     assert both["losses"] != plain["losses"]
     assert both["losses"][0] == pytest.approx(plain["losses"][0], rel=0.05)
 

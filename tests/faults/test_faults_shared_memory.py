@@ -56,6 +56,7 @@ def ranks_of(folder: Path, size: int, timeout_s: float, core: str) -> Iterator[R
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), *arguments],
+            env={**os.environ, "TMPDIR": str(folder)},  # what they leave is seen there
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -78,7 +78,6 @@ class Member:
         self.mail = Mail(
             group, dtype, self._handle, self._wake, may_lose=course.expendable, lost=self._lose
         )
-
         self.mail.start()
         if self._shard is not None:
             self._start(self._own)
